@@ -1,0 +1,44 @@
+# Everything runs in .venv, which the first target that needs it makes. ARGS="..." goes to the command of a target.
+
+PYTHON ?= python3
+ARGS ?=
+PIP = -m pip install --quiet --disable-pip-version-check
+CORE_TESTS = tests/test_layouts.py tests/test_adapters.py tests/test_vectorizers.py tests/test_failures.py
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: .venv/.ready  ## make .venv with the pinned requirements (about 2 minutes)
+
+train: .venv/.ready  ## train on Breakout for about a minute; ARGS="--env-id PongNoFrameskip-v4 --seed 2" passes flags
+	.venv/bin/python -u puffer_ppo_atari.py --total-timesteps 24576 $(ARGS)
+	@echo "Curves of this and all other runs: .venv/bin/tensorboard --logdir runs"
+
+test: .venv/.ready  ## run all tests; ARGS="-k ladder" passes flags
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: .venv/.ready  ## check style and spelling
+	.venv/bin/ruff check .
+	.venv/bin/codespell
+
+test-matrix: .venvs/gymnasium-1.4.0/.ready .venvs/numpy-1.26.4/.ready  ## the core's tests under newer and older packages
+	for venv in $(^D); do echo "== $$venv" && $$venv/bin/python -m pytest $(CORE_TESTS) $(ARGS) || exit 1; done
+
+# The file is written last, so an installation that was cut short is taken up again.
+.venv/.ready: requirements.txt
+	@echo "Setting up .venv; this takes about 2 minutes."
+	$(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP) -r requirements.txt
+	@touch $@
+
+# One package differs from requirements.txt, and what would hold it back stays out.
+.venvs/%/.ready: requirements.txt
+	$(PYTHON) -m venv --clear $(@D)
+	grep -v '^$(firstword $(subst -, ,$*))=' requirements.txt > $(@D)/constraints.txt
+	$(@D)/bin/python $(PIP) -c $(@D)/constraints.txt $(subst -,==,$*) \
+		gymnasium numpy torch pettingzoo pytest pytest-timeout hypothesis cloudpickle threadpoolctl
+	@touch $@
+
+.PHONY: help setup train test lint test-matrix
+.DEFAULT_GOAL := help
+.SUFFIXES:

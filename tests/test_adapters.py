@@ -1,0 +1,206 @@
+"""Single environments and teams behind flat spaces: rows, masks, actions and episode statistics."""
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from puffer_core import EpisodeStats, GymnasiumPufferEnv, Layout, PettingZooPufferEnv
+from tests.envs import Actor, ArrayReward, Counter, Nested, Recycling, Team, total
+
+
+def flat_row(env, agent, observation):
+    return Layout(env.observation_space(agent)).flatten(observation)
+
+
+# ------------------------------------------------------------------------------------------------------------ gymnasium
+
+
+def test_a_gymnasium_env_gets_flat_spaces_and_keeps_its_trajectory():
+    plain, env = Nested(), GymnasiumPufferEnv(Nested())
+    assert isinstance(env, gymnasium.Env) and env.num_agents == 1
+    assert env.observation_space is env.single_observation_space and env.action_space is env.single_action_space
+    assert env.observation_space == env.layout.flat_space and env.layout.space == Nested.observation_space
+    assert env.action_space.nvec.tolist() == [3, 2, 2, 2, 4]
+    (expected, _), (flat, info) = plain.reset(seed=5), env.reset(seed=5)
+    assert np.array_equal(flat, env.layout.flatten(expected)) and info == {}
+    env.action_space.seed(2)
+    for _ in range(4):
+        action = env.action_space.sample()
+        tree = {"move": int(action[0]) - 1, "rest": (action[1:3].astype(np.int8), action[3:])}
+        (expected, *rest), (flat, *flat_rest) = plain.step(tree), env.step(action)
+        assert env.observation_space.contains(flat) and np.array_equal(flat, env.layout.flatten(expected))
+        assert rest == flat_rest
+
+
+def test_what_an_env_returned_stays_although_it_recycles_its_arrays():
+    env = GymnasiumPufferEnv(Recycling())
+    first, _ = env.reset()
+    before = first.copy()
+    env.step(0)
+    assert np.array_equal(first, before)
+
+
+ACTION_SPACES = [
+    spaces.Discrete(4),
+    spaces.Discrete(3, start=-7),
+    spaces.MultiDiscrete([2, 5, 3]),
+    spaces.MultiDiscrete([[2, 5], [3, 4]], start=[[1, 2], [-3, 4]]),
+    spaces.MultiBinary(4),
+    spaces.MultiBinary((2, 2)),
+    spaces.Box(-1, 1, (3,)),
+    spaces.Box(-2, 2, (2, 2), np.float64),
+    spaces.Dict({"a": spaces.Discrete(3, start=5), "b": spaces.Tuple([spaces.MultiBinary(2), spaces.Discrete(2)])}),
+    spaces.Dict({"a": spaces.Box(-1, 1, (2,)), "b": spaces.Box(0, 9, (), np.int32)}),
+]
+
+
+@pytest.mark.parametrize("space", ACTION_SPACES, ids=str)
+def test_every_flat_action_is_one_that_the_env_accepts(space):
+    env = GymnasiumPufferEnv(Actor(space))
+    env.reset()
+    env.action_space.seed(1)
+    for _ in range(20):
+        flat = env.action_space.sample()
+        reward = env.step(flat)[1]  # the environment checks it
+        assert reward == pytest.approx(total(env.action_layout.unflatten(flat)))
+
+
+def test_seeds_options_and_attributes_reach_the_inner_env():
+    env = GymnasiumPufferEnv(Counter(length=2, ends="truncate"))
+    observation, info = env.reset(seed=11, options={"level": 3})
+    assert observation[0] == 11 and info == {"began": 0, "level": 3}
+    assert env.step(4)[1:] == (1.5, False, False, {"steps": 1})
+    assert env.step(2)[1:] == (2.25, False, True, {"steps": 2})
+    assert env.get_wrapper_attr("plus")(1) == 12
+
+
+# -------------------------------------------------------------------------------------------------------------- teams
+
+STATES = st.sampled_from("++++TX..")
+
+
+def scripts(agents=3):
+    """Draw an episode: its reset has somebody who lives, and it goes on while somebody does."""
+
+    def cut(steps):
+        ends = [number for number, step in enumerate(steps) if "+" not in step]
+        return (*steps[: ends[0] + 1],) if ends else (*steps, "X" * agents)
+
+    step = st.lists(STATES, min_size=agents, max_size=agents).map("".join)
+    start = st.lists(st.sampled_from("+++."), min_size=agents, max_size=agents).map("".join).filter(lambda s: "+" in s)
+    return st.tuples(start, st.lists(step, min_size=1, max_size=8)).map(lambda pair: cut((pair[0], *pair[1])))
+
+
+def expect(env, script, episode, time):
+    """Work out by hand what the adapter has to say at one step of a script."""
+    observations = np.zeros((len(script[0]), *env.observation_space.shape), env.observation_space.dtype)
+    for row, state in enumerate(script[time]):
+        if state != ".":
+            sample = {"id": np.uint8(row + 1), "time": np.array([episode, time], np.int32)}
+            observations[row] = env.layout.flatten(sample)
+    states = np.array(list(script[time]))
+    rewards = np.where(states != ".", 10.0 * np.arange(1, len(states) + 1) + time, 0.0)
+    return observations, rewards * (time > 0), states == "T", states == "X", states != "."
+
+
+@settings(max_examples=60, deadline=None)
+@given(episodes=st.lists(scripts(), min_size=1, max_size=3))
+def test_rows_and_masks_follow_agents_that_come_and_go(episodes):
+    env = PettingZooPufferEnv(Team(episodes))
+    assert env.num_agents == 3 and env.observation_space is env.single_observation_space
+    assert env.observation_space.shape == (12,) and env.action_space == spaces.Discrete(3, start=1)
+    for episode, script in enumerate(episodes):
+        observations, infos = env.reset(seed=episode)
+        expected = expect(env, script, episode, 0)
+        assert np.array_equal(observations, expected[0]) and np.array_equal(env.masks, expected[4])
+        assert env.env.seed == episode and set(infos) == {f"agent_{row}" for row in np.flatnonzero(env.masks)}
+        for time in range(1, len(script)):
+            *results, infos = env.step(np.array([1, 2, 3]))
+            expected = expect(env, script, episode, time)
+            for got, wanted in zip((*results, env.masks), expected):
+                assert np.array_equal(got, wanted) and got.dtype == wanted.dtype
+            assert infos == {f"agent_{row}": {"time": time} for row in np.flatnonzero(env.masks)}
+
+
+def test_actions_of_the_absent_are_not_looked_at():
+    env = PettingZooPufferEnv(Team([("++.", "+T.", "+.+", "XXX")]))
+    env.reset()
+    env.step(np.array([1, 3, 99]))  # the team asserts that it gets the living agents' actions, no others
+    env.step(np.array([2, 99, 99]))
+    with pytest.raises(ValueError, match="99"):
+        env.step(np.array([99, 1, 1]))
+
+
+def test_agents_with_different_spaces_are_refused_by_name():
+    class Unequal(Team):
+        def action_space(self, agent):
+            return spaces.Discrete(3 if agent == "agent_0" else 4)
+
+    with pytest.raises(TypeError, match="agent_1"):
+        PettingZooPufferEnv(Unequal())
+
+
+def test_a_real_pettingzoo_env_has_the_same_trajectory_behind_the_adapter():
+    simple_spread = pytest.importorskip("mpe2.simple_spread_v3")
+    plain = simple_spread.parallel_env(max_cycles=6)
+    env = PettingZooPufferEnv(simple_spread.parallel_env(max_cycles=6))
+    agents, rng = env.possible_agents, np.random.default_rng(0)
+    assert env.num_agents == 3 and env.observation_space == plain.observation_space("agent_0")
+    for episode in range(2):
+        (expected, _), (observations, _) = plain.reset(seed=episode), env.reset(seed=episode)
+        assert np.array_equal(observations, [expected[agent] for agent in agents]) and env.masks.all()
+        while plain.agents:
+            actions = rng.integers(5, size=3)
+            expected = plain.step(dict(zip(agents, actions.tolist())))
+            results = env.step(actions)
+            for got, wanted in zip(results[:4], expected):
+                assert np.array_equal(got, [wanted[agent] for agent in agents])
+        assert results[3].all() and not results[2].any()
+
+
+# --------------------------------------------------------------------------------------------------------- statistics
+
+
+class Informed(Counter):
+    """Says something of every kind in its infos."""
+
+    def step(self, action):
+        *result, _ = super().step(action)
+        kinds = {"gold": 2, "speed": np.float32(0.5), "hit": True, "name": "x", "map": np.ones(3), "none": None}
+        return *result, kinds | ({"late": 7} if self.steps == 2 else {})
+
+
+def test_episode_stats_come_once_an_episode_and_sum_the_infos():
+    env = EpisodeStats(Informed(length=[3, 2], ends="truncate"))
+    for episode, length in enumerate([3, 2, 3]):
+        _, info = env.reset(seed=episode)
+        assert info == {}
+        for step in range(1, length + 1):
+            *_, truncated, info = env.step(4)
+            assert (info == {}) == (step < length) == (not truncated)
+        assert set(info) == {"episode"}
+        stats = dict(info["episode"])
+        assert 0 <= stats.pop("t") < 60
+        expected = {"r": sum(range(1, length + 1)) + length / 2, "l": length}
+        assert stats == expected | {"gold": 2 * length, "speed": length / 2, "hit": length, "late": 7}
+
+
+def test_episode_stats_start_afresh_after_an_early_reset():
+    env = EpisodeStats(Counter(length=3))
+    env.reset()
+    env.step(4)
+    env.reset()
+    for _ in range(3):
+        info = env.step(0)[4]
+    assert (info["episode"]["r"], info["episode"]["l"], info["episode"]["steps"]) == (6.0, 3, 6)
+
+
+def test_episode_stats_take_rewards_in_arrays_and_leave_the_rest_alone():
+    env = GymnasiumPufferEnv(EpisodeStats(ArrayReward(length=1)))
+    env.reset(seed=2)
+    observation, reward, terminated, truncated, info = env.step(4)
+    assert observation[:4].tolist() == [2, 0, 1, 4] and np.asarray(reward).item() == 1.5
+    assert bool(terminated) and not truncated and info["episode"]["r"] == 1.5

@@ -1,0 +1,421 @@
+"""What goes wrong in a worker is told quickly and in full, nothing is left behind, and idle processes keep quiet."""
+
+import functools
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import puffer_core
+from puffer_core import APIUsageError, Multiprocessing, Serial, WorkerError
+from tests.envs import Counter, Crashing, Marker, NoOp, Stubborn, Threads
+
+ROOT = Path(puffer_core.__file__).parent
+pytestmark = [
+    pytest.mark.timeout(60),
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc"),
+]
+patient = functools.partial(Counter, 1000)
+
+
+def stat(pid):
+    """Fields of /proc/<pid>/stat from the state on, or None when the process is gone or only waits to be reaped."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else fields
+
+
+def await_end(pids, seconds):
+    """Wait until processes are gone; returns those that are not in time."""
+    deadline = time.perf_counter() + seconds
+    while (alive := [pid for pid in pids if stat(pid)]) and time.perf_counter() < deadline:
+        time.sleep(0.02)
+    return alive
+
+
+@pytest.fixture(autouse=True)
+def no_worker_and_no_memory_is_left():
+    before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else None
+    yield
+    assert multiprocessing.active_children() == []
+    assert before is None or {name for name in os.listdir("/dev/shm") if "pytest" not in name} <= before
+
+
+# -------------------------------------------------------------------------------------------------------- worker errors
+
+CAUSES = {
+    "raise": r"ZeroDivisionError: the {where} divides by zero",
+    "exit": r"code 3",
+    "kill": r"SIGKILL",
+    "leave": r"SystemExit: the environment leaves",
+}
+
+
+def fail(env_fns, phase, **options):
+    """Run into the failure; returns the error and the seconds until it was told."""
+    start = time.perf_counter()
+    try:
+        envs = Multiprocessing(env_fns, **options)
+    except WorkerError as error:
+        return error, time.perf_counter() - start
+    with envs:
+        start = time.perf_counter()
+        try:
+            envs.async_reset(seed=1)
+            envs.recv()
+            assert phase != "reset"
+            start = time.perf_counter()
+            while time.perf_counter() < start + 3:  # the failure comes within the first few steps
+                envs.send(np.zeros(envs.agents_per_batch, int))
+                envs.recv()
+        except WorkerError as error:
+            seconds = time.perf_counter() - start
+            assert multiprocessing.active_children() == []
+            for call in (envs.reset, envs.recv, lambda: envs.send(np.zeros(envs.agents_per_batch, int))):
+                with pytest.raises(APIUsageError, match="closed"):
+                    call()
+            envs.close()
+            return error, seconds
+    raise AssertionError("nothing failed")
+
+
+def check(error, seconds, where, how, env_index, worker):
+    message = str(error)
+    assert seconds < 2, message
+    assert (error.env_index, error.worker, error.phase) == (env_index, worker, where), message
+    assert f"environment {env_index}" in message and f"worker {worker}" in message and where in message
+    assert re.search(CAUSES[how].format(where=where), message), message
+    if how == "raise":
+        assert "Traceback" in message and "envs.py" in message
+
+
+@pytest.mark.parametrize("how", CAUSES)
+@pytest.mark.parametrize("where", ["constructor", "reset", "step"])
+def test_a_failure_names_env_worker_phase_and_cause(where, how):
+    env_fns = [patient] * 2 + [patient, functools.partial(Crashing, where, how, after=4 * (where == "step"))]
+    check(*fail(env_fns, where, num_workers=2), where, how, env_index=3, worker=1)
+
+
+@pytest.mark.parametrize("context", ["forkserver", "spawn"])
+@pytest.mark.parametrize("where, how", [("step", "raise"), ("constructor", "kill")])
+def test_failures_are_told_under_every_start_method(context, where, how):
+    env_fns = [functools.partial(Crashing, where, how), patient]
+    error, seconds = fail(env_fns, where, num_workers=2, context=context)
+    check(error, seconds if where == "step" else 0, where, how, env_index=0, worker=0)  # starting takes its time
+
+
+@pytest.mark.parametrize("zero_copy", [True, False])
+@pytest.mark.parametrize("how", ["raise", "exit", "kill"])
+def test_failures_are_told_among_first_ready_batches(how, zero_copy):
+    env_fns = [patient] * 3 + [functools.partial(Crashing, "step", how, after=3)]
+    error, seconds = fail(env_fns, "step", num_workers=4, batch_size=2, zero_copy=zero_copy)
+    check(error, seconds, "step", how, env_index=3, worker=3)
+
+
+@pytest.mark.parametrize("how", ["raise", "exit", "kill"])
+@pytest.mark.parametrize("where", ["constructor", "reset", "step"])
+def test_failures_are_told_while_others_are_busy(where, how):
+    hangs = functools.partial(Crashing, where, "hang")
+    env_fns = [hangs, functools.partial(Crashing, where, how), hangs]
+    check(*fail(env_fns, where, num_workers=3), where, how, env_index=1, worker=1)
+
+
+def test_a_worker_that_is_killed_between_two_calls_is_missed_at_the_next():
+    for pause in (0, 0.3):  # while it still spins, and when it sleeps
+        with Multiprocessing([patient] * 4, num_workers=2) as envs:
+            envs.reset()
+            victim = next(pid for pid in envs.call("pid") if pid != envs.call("pid")[0])
+            time.sleep(pause)
+            os.kill(victim, signal.SIGKILL)
+            start = time.perf_counter()
+            with pytest.raises(WorkerError, match="worker 1.*SIGKILL"):
+                for _ in range(3):
+                    envs.step(np.zeros(4, int))
+            assert time.perf_counter() - start < 2
+
+
+def test_a_failing_autoreset_is_told():
+    class OneEpisode(Counter):
+        def reset(self, **arguments):
+            if self.episode == 0:
+                raise KeyError("no second episode")
+            return super().reset(**arguments)
+
+    with Multiprocessing([patient, lambda: OneEpisode(2)], num_workers=2) as envs:
+        envs.reset()
+        envs.step(np.zeros(2, int))
+        with pytest.raises(WorkerError, match="(?s)environment 1 .*no second episode"):
+            envs.step(np.zeros(2, int))
+
+
+def test_a_wrong_observation_is_told_with_its_path():
+    class Grows(NoOp):
+        def step(self, action):
+            return np.zeros(5, np.uint8), 0.0, False, False, {}
+
+    for backend, error in ((Serial, ValueError), (functools.partial(Multiprocessing, num_workers=2), WorkerError)):
+        with backend([NoOp, Grows]) as envs:
+            envs.reset()
+            with pytest.raises(error, match=r"(?s)observation.*\(4,\).*\(5,\)"):
+                envs.step(np.zeros(2, int))
+
+
+def test_serial_lets_exceptions_through_as_they_are():
+    for where, after in (("constructor", 0), ("reset", 0), ("step", 2)):
+        with pytest.raises(ZeroDivisionError, match=where):
+            envs = Serial([patient, functools.partial(Crashing, where, after=after)])
+            envs.reset()
+            for _ in range(3):
+                envs.step(np.zeros(2, int))
+
+
+def test_a_recv_that_is_interrupted_can_be_called_again():
+    with Multiprocessing([functools.partial(Counter, 99, delay=0.2)] * 2, num_workers=2) as envs:
+        envs.reset()
+        envs.send(np.zeros(2, int))
+        before = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(ArithmeticError("tick")))
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(ArithmeticError, match="tick"):
+            envs.recv()
+        signal.signal(signal.SIGALRM, before)
+        assert envs.recv().observations[:, 2].tolist() == [1, 1]  # an exception from outside loses nothing
+
+
+# -------------------------------------------------------------------------------------------------------------- closing
+
+
+def events(path):
+    return sorted(Path(path).read_text().splitlines())
+
+
+def test_closing_is_idempotent_and_closes_every_env_once(tmp_path):
+    path = str(tmp_path / "events")
+    envs = Multiprocessing([functools.partial(Marker, path, name) for name in range(4)], num_workers=2)
+    envs.close()  # before any reset
+    envs.close()
+    assert events(path) == [f"{event} {name}" for event in ("closed", "constructed") for name in range(4)]
+    assert envs.closed
+
+
+@pytest.mark.parametrize("zero_copy", [True, False])
+def test_closing_in_mid_step_lets_the_step_end_and_closes_every_env(tmp_path, zero_copy):
+    path = str(tmp_path / "events")
+    env_fns = [functools.partial(Marker, path, name, delay=0.3) for name in range(2)]
+    with Multiprocessing(env_fns, num_workers=2, batch_size=1, zero_copy=zero_copy) as envs:
+        envs.async_reset()
+        envs.recv()
+        envs.send(np.zeros(1, int))
+        start = time.perf_counter()
+    assert time.perf_counter() - start < 1.5
+    assert events(path)[:2] == ["closed 0", "closed 1"] and len(events(path)) == 4
+
+
+def test_one_env_that_cannot_close_does_not_keep_the_others_from_it(tmp_path):
+    path = str(tmp_path / "events")
+
+    class Clings(Counter):
+        def close(self):
+            raise OSError("no")
+
+    for backend in (Serial, functools.partial(Multiprocessing, num_workers=1)):
+        with backend([Clings, lambda: Marker(path, 1), Clings]) as envs:
+            assert envs.num_envs == 3
+    assert events(path) == ["closed 1"] * 2 + ["constructed 1"] * 2
+
+
+def test_closing_ends_envs_that_hang_and_that_cannot_be_terminated():
+    envs = Multiprocessing([functools.partial(Crashing, "step", "spin"), Stubborn], num_workers=2)
+    envs.reset()
+    pids = [process.pid for process in multiprocessing.active_children()]
+    envs.send(np.zeros(2, int))
+    start = time.perf_counter()
+    envs.close()
+    assert time.perf_counter() - start < 6 and await_end(pids, 0) == []
+
+
+def test_a_forgotten_vectorizer_closes_its_envs(tmp_path):
+    path = str(tmp_path / "events")
+    envs = Multiprocessing([functools.partial(Marker, path, name) for name in range(2)], num_workers=2)
+    envs.reset()
+    del envs
+    assert events(path)[:2] == ["closed 0", "closed 1"]
+
+
+# -------------------------------------------------------------------------------------------------------------- parents
+
+SCRIPT = """
+import multiprocessing, os, sys, time
+import numpy as np
+from puffer_core import Multiprocessing
+from tests.envs import Counter, Crashing, Stubborn
+
+def main():
+    {setup}
+    envs = Multiprocessing(env_fns, num_workers=2, context={context!r})
+    envs.reset(seed=1)
+    print(*[process.pid for process in multiprocessing.active_children()], flush=True)
+    {body}
+
+if __name__ == "__main__":
+    main()
+"""
+COUNTERS = "env_fns = [lambda: Counter(1000)] * 2"
+LOOP = "while True: envs.step(np.zeros(2, int))"
+
+
+def start_script(tmp_path, body, setup=COUNTERS, context="fork"):
+    """Start a script in a process group of its own; returns it, and the workers that it started."""
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT.format(body=body, setup=setup, context=context))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    script = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                              env=environment, start_new_session=True)  # fmt: skip
+    workers = [int(pid) for pid in script.stdout.readline().split()]
+    assert len(workers) == 2, script.communicate(timeout=5)[1]
+    return script, workers
+
+
+def hanging(how):
+    return f"env_fns = [lambda: Crashing('step', {how!r})] * 2"
+
+
+ORPHANS = {
+    "stepping": (COUNTERS, LOOP, "fork"),
+    "idle": (COUNTERS, "time.sleep(60)", "fork"),
+    "hanging": (hanging("hang"), LOOP, "fork"),
+    "locked up": (hanging("lock up"), LOOP, "fork"),
+    "not to be terminated": ("env_fns = [Stubborn] * 2", LOOP, "fork"),
+    "hanging, forkserver": (hanging("hang"), LOOP, "forkserver"),
+    "idle, spawn": (COUNTERS, "time.sleep(60)", "spawn"),
+}
+
+
+def test_workers_die_with_a_parent_that_is_killed(tmp_path):
+    scripts = {}
+    for name, (setup, body, context) in ORPHANS.items():
+        (tmp_path / name).mkdir()
+        scripts[name] = start_script(tmp_path / name, body, setup, context)
+    time.sleep(0.5)
+    assert all(stat(pid) for _, workers in scripts.values() for pid in workers)
+    for script, _ in scripts.values():
+        script.kill()
+    deadline = time.perf_counter() + 3
+    alive = {name: await_end(workers, deadline - time.perf_counter()) for name, (_, workers) in scripts.items()}
+    for script, workers in scripts.values():
+        for pid in await_end(workers, 0):
+            os.kill(pid, signal.SIGKILL)
+        script.communicate(timeout=10)
+    assert not any(alive.values()), alive
+
+
+@pytest.mark.parametrize("setup, context", [(COUNTERS, "fork"), (hanging("hang"), "fork"), (COUNTERS, "spawn")])
+def test_an_uncaught_exception_ends_the_program(tmp_path, setup, context):
+    body = "envs.send(np.zeros(2, int)); raise ValueError('the learner fails')"
+    script, workers = start_script(tmp_path, body, setup, context)
+    start = time.perf_counter()
+    _, errors = script.communicate(timeout=30)
+    assert time.perf_counter() - start < 5 and script.returncode == 1
+    assert errors.count("Traceback") == 1 and errors.strip().endswith("ValueError: the learner fails")
+    assert "resource_tracker" not in errors and await_end(workers, 0) == []
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("body", [LOOP, "time.sleep(60)"], ids=["stepping", "idle"])
+def test_ctrl_c_gives_one_traceback(tmp_path, body, context):
+    script, workers = start_script(tmp_path, body, context=context)
+    time.sleep(0.3)
+    os.killpg(script.pid, signal.SIGINT)  # as a terminal does it: to all of them
+    start = time.perf_counter()
+    _, errors = script.communicate(timeout=30)
+    assert time.perf_counter() - start < 5 and script.returncode != 0
+    assert errors.count("Traceback") == 1 and errors.strip().endswith("KeyboardInterrupt"), errors
+    assert await_end(workers, 0) == []
+
+
+@pytest.mark.parametrize("context", ["fork", "forkserver", "spawn"])
+def test_a_program_may_end_without_closing(tmp_path, context):
+    before = set(os.listdir("/dev/shm"))
+    script, workers = start_script(tmp_path, "envs.step(np.zeros(2, int))", context=context)
+    assert set(os.listdir("/dev/shm")) <= before
+    _, errors = script.communicate(timeout=30)
+    assert (script.returncode, errors) == (0, "") and await_end(workers, 0) == []
+
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path):
+    path = tmp_path / "script.py"
+    code = "from puffer_core import Multiprocessing\nfrom tests.envs import Counter\n"
+    path.write_text(code + "Multiprocessing([Counter] * 2, num_workers=2, context='spawn')\n")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=30, cwd=ROOT, env=environment)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "WorkerError" in last and "__main__" in last, done.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------- manners
+
+
+def cpu_seconds(pid):
+    fields = stat(pid)
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_idle_workers_rest_and_wake_quickly():
+    with Multiprocessing([patient] * 2, num_workers=2) as envs:
+        envs.reset()
+        pids, tries = [process.pid for process in multiprocessing.active_children()], []
+        for _ in range(3):
+            envs.step(np.zeros(2, int))
+            time.sleep(1)
+            before = [cpu_seconds(pid) for pid in pids]
+            time.sleep(2)
+            busy = max((cpu_seconds(pid) - was) / 2 for pid, was in zip(pids, before))
+            start = time.perf_counter()
+            envs.step(np.zeros(2, int))
+            tries.append((busy, time.perf_counter() - start))
+            if min(busy for busy, _ in tries) < 0.02 and min(woken for _, woken in tries) < 0.02:
+                return
+    raise AssertionError(f"share of a core, seconds of the first step: {tries}")
+
+
+def test_workers_that_wait_for_a_reset_rest_too():
+    with Multiprocessing([patient] * 2, num_workers=2) as envs:
+        assert envs.num_workers == 2
+        pids = [process.pid for process in multiprocessing.active_children()]
+        time.sleep(0.5)
+        before = [cpu_seconds(pid) for pid in pids]
+        time.sleep(1)
+        assert max(cpu_seconds(pid) - was for pid, was in zip(pids, before)) <= 0.03
+
+
+def test_a_parent_that_waits_for_slow_envs_rests():
+    with Multiprocessing([functools.partial(Counter, 1000, delay=0.01)] * 2, num_workers=2) as envs:
+        envs.reset()
+        start, spent = time.perf_counter(), time.process_time()
+        for _ in range(60):
+            envs.step(np.zeros(2, int))
+        share = (time.process_time() - spent) / (time.perf_counter() - start)
+    assert share < 0.3
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_use_one_thread_and_the_parent_keeps_its_own(context):
+    torch = pytest.importorskip("torch")
+    cv2 = pytest.importorskip("cv2")
+    before, environment = (torch.get_num_threads(), cv2.getNumThreads()), dict(os.environ)
+    try:
+        torch.set_num_threads(2), cv2.setNumThreads(2)
+        with Multiprocessing([Threads], context=context) as envs:
+            assert envs.call("threads") == ({"torch": 1, "cv2": 1, "OMP_NUM_THREADS": "1"},)
+        assert (torch.get_num_threads(), cv2.getNumThreads()) == (2, 2) and dict(os.environ) == environment
+    finally:
+        torch.set_num_threads(before[0]), cv2.setNumThreads(before[1])

@@ -1,0 +1,182 @@
+"""Every script through its real command line: what it prints, logs and leaves, and what it says of wrong flags."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import pytest
+from running import BATCH, NUM_ENVS, ROOT, TINY, UPDATES, environment, run, tiny_run
+
+SCRIPTS = (
+    "vanilla_ppo_atari.py",
+    "ppo_atari.py",
+    "large_ppo_atari.py",
+    "puffer_ppo_atari.py",
+    "large_puffer_ppo_atari.py",
+)
+TAGS = {
+    *("charts/episodic_return", "charts/episodic_length", "charts/learning_rate", "charts/SPS"),
+    *("losses/value_loss", "losses/policy_loss", "losses/entropy", "losses/old_approx_kl", "losses/approx_kl"),
+    *("losses/clipfrac", "losses/explained_variance"),
+}
+BANNER = re.compile(r"A\.L\.E: .*\n\[Powered by Stella\]\n")  # the emulator greets on stderr
+
+each_script = pytest.mark.parametrize("script", SCRIPTS)
+
+
+@each_script
+def test_it_runs_prints_and_logs(script):
+    done = tiny_run(script)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.lines("SPS: ")) == UPDATES
+    assert re.fullmatch(r"global_step=\d+, episodic_return=\d+\.\d", done.lines("global_step=")[0])
+    events = done.events()
+    assert set(events.Tags()["scalars"]) == TAGS
+    assert events.Tags()["tensors"] == ["hyperparameters/text_summary"]
+    (text,) = events.Tensors("hyperparameters/text_summary")
+    assert f"|num_envs|{NUM_ENVS}|" in text.tensor_proto.string_val[0].decode()
+    assert f"|batch_size|{BATCH}|" in text.tensor_proto.string_val[0].decode()
+
+
+def test_steps_per_second_are_those_of_the_iteration():
+    """A figure since the start would count the start-up, and be far from the time between two of them."""
+    figures = tiny_run("vanilla_ppo_atari.py").events().Scalars("charts/SPS")
+    for before, after in zip(figures, figures[1:]):
+        assert BATCH / after.value == pytest.approx(after.wall_time - before.wall_time, rel=0.2, abs=0.1)
+
+
+def test_video_and_weights_and_biases(tmp_path):
+    folders = dict.fromkeys(("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"), str(tmp_path))
+    done = run("puffer_ppo_atari.py", *TINY, "--capture-video", "--track", WANDB_MODE="offline", **folders)
+    assert done.returncode == 0, done.stderr
+    (record,) = done.directory.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"losses/value_loss" in record.read_bytes()
+    videos = list(done.directory.glob("videos/*/*.mp4"))
+    assert videos
+    for video in videos:
+        capture = cv2.VideoCapture(str(video))
+        readable, frame = capture.read()
+        assert readable and frame.shape == (210, 160, 3)
+        assert capture.get(cv2.CAP_PROP_FRAME_COUNT) > 1
+
+
+WRONG = {
+    "--num-envs 0": "--num-envs 0: expected at least 1",
+    "--num-steps 0": "--num-steps 0: expected at least 1",
+    "--update-epochs 0": "--update-epochs 0: expected at least 1",
+    "--num-minibatches 3": "--num-minibatches 3: expected to divide --num-envs * --num-steps, 1024",
+    "--num-minibatches 0": "--num-minibatches 0: expected to divide",
+    "--total-timesteps 1000": "--total-timesteps 1000: expected at least --num-envs * --num-steps, 1024",
+    "--num-envs 6 --num-workers 4": "--num-workers 4: expected to divide --num-envs",
+    "--num-workers -1": "--num-workers -1: expected to divide --num-envs",
+    "--num-workers 16": "--num-workers 16: expected to divide --num-envs",
+    "--env-id BrekoutNoFrameskip-v4": "--env-id BrekoutNoFrameskip-v4: Environment `BrekoutNoFrameskip` doesn't exist",
+    "--env-id CartPole-v1": "--env-id CartPole-v1: ",
+    "--env-id Breakout-v4": "--env-id Breakout-v4: ",
+}
+
+# Runs a script under several command lines in one process, as importing torch for each would take most of the time.
+# Prints how each ended; of one that went well, the dtype of its storage.
+DRIVER = """
+import json, multiprocessing.process, runpy, sys
+
+script, *command_lines = sys.argv[1:]
+for flags in command_lines:
+    started = []
+    start = multiprocessing.process.BaseProcess.start
+    multiprocessing.process.BaseProcess.start = lambda process: (started.append(1), start(process))
+    sys.argv = [script, *flags.split()]
+    try:
+        end = str(runpy.run_path(script, run_name="__main__")["obs"].dtype)
+    except SystemExit as exit:
+        end = exit.code
+    multiprocessing.process.BaseProcess.start = start
+    print("DRIVER", json.dumps([end, len(started)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory):
+    right = " ".join([*TINY, "--num-workers", "2"])
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(ROOT / "puffer_ppo_atari.py"), *WRONG, right],
+        cwd=tmp_path_factory.mktemp("driver"),
+        env=environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line.removeprefix("DRIVER ")) for line in done.stdout.splitlines() if line.startswith("DRIVER ")]
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_a_wrong_argument_is_told_in_a_line_before_any_process_starts(endings, flags):
+    message, processes = endings[list(WRONG).index(flags)]
+    assert message.startswith(WRONG[flags]) and "\n" not in message
+    assert processes == 0
+
+
+def test_observations_are_stored_as_bytes(endings):
+    assert endings[-1] == ["torch.uint8", 2]
+
+
+def test_a_wrong_argument_ends_the_command():
+    done = run("vanilla_ppo_atari.py", "--num-minibatches", "3")
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == "--num-minibatches 3: expected to divide --num-envs * --num-steps, 1024\n"
+
+
+def test_a_missing_rom_ends_the_command(tmp_path):
+    done = run("puffer_ppo_atari.py", ALE_ROMS_DIR=str(tmp_path))
+    assert done.returncode == 1
+    said = BANNER.sub("", done.stderr)
+    assert said.startswith("--env-id BreakoutNoFrameskip-v4: ") and "breakout.bin" in said and said.count("\n") == 1
+
+
+def running_in_group(group: int) -> list[str]:
+    """The living processes of a group; zombies are dead."""
+    stats = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            stats.append(stat.read_text().rpartition(")"))
+        except OSError:
+            continue  # it has just ended
+    return [name for name, _, rest in stats if int(rest.split()[2]) == group and rest.split()[0] not in "ZX"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="looks for processes in /proc")
+@pytest.mark.parametrize("script", ["ppo_atari.py", "puffer_ppo_atari.py"])
+def test_ctrl_c_leaves_nothing_behind(script, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script), *TINY[:4], "--update-epochs", "1", "--no-cuda"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert any(line.startswith("SPS: ") for line in process.stdout)
+        time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=20)
+        deadline = time.monotonic() + 3
+        while running_in_group(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not running_in_group(process.pid)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in stderr
+    if script != "ppo_atari.py":  # AsyncVectorEnv's own __del__ may add another
+        assert stderr.count("Traceback") == 1

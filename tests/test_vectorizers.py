@@ -1,0 +1,854 @@
+"""Serial and Multiprocessing say the same, in every way of receiving, and what they say can be worked out by hand."""
+
+import functools
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+import puffer_core
+from puffer_core import APIUsageError, EpisodeStats, GymnasiumPufferEnv, Multiprocessing, Serial, WorkerError
+from tests.envs import (
+    ArrayReward,
+    BigInfo,
+    Counter,
+    CounterTeam,
+    Crashing,
+    GlobalRandom,
+    Marker,
+    Nested,
+    NoOp,
+    Observer,
+    Recycling,
+    Team,
+)
+
+ROOT = Path(puffer_core.__file__).parent
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(autouse=True)
+def no_worker_is_left():
+    yield
+    assert multiprocessing.active_children() == []
+
+
+def plain(value):
+    """Turn arrays into lists, so that results can be compared, and a failure be read."""
+    if isinstance(value, dict):
+        return {key: plain(child) for key, child in value.items()}
+    value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def info_of(infos, row):
+    """Take the info of one row out of gymnasium's dict of arrays and masks."""
+    own = {}
+    for key, value in infos.items():
+        if not key.startswith("_") and (f"_{key}" not in infos or infos[f"_{key}"][row]):
+            own[key] = info_of(value, row) if isinstance(value, dict) else plain(value[row])
+    return own
+
+
+def scripted(rows, steps):
+    return (np.asarray(rows) * 7 + np.asarray(steps) * 3) % 5
+
+
+def trajectories(envs, steps, action=scripted, seed=1):
+    """Run until every row has made `steps` steps; returns what each row saw, cut to the same length."""
+    seen, counts = defaultdict(list), np.zeros(envs.num_agents, int)
+    envs.async_reset(seed=seed)
+    while True:
+        batch = envs.recv()
+        assert len(set(batch.agent_ids.tolist())) == len(batch.agent_ids) == envs.agents_per_batch
+        for position, row in enumerate(batch.agent_ids.tolist()):
+            fields = [plain(field[position]) for field in (*batch[:4], batch.masks)]
+            seen[row].append((*fields, info_of(batch.infos, position)))
+        if all(len(seen[row]) > steps for row in range(envs.num_agents)):
+            return {row: seen[row][: steps + 1] for row in sorted(seen)}
+        ids = batch.agent_ids.copy()
+        envs.send(action(ids, counts[ids]))
+        counts[ids] += 1
+
+
+STRATEGIES = {
+    "sync, a worker an env": {"num_workers": 4},
+    "sync, two workers": {"num_workers": 2},
+    "sync, one worker": {"num_workers": 1},
+    "sync, copies": {"num_workers": 2, "zero_copy": False},
+    "first ready, views of single workers": {"num_workers": 4, "batch_size": 1},
+    "first ready, views of pairs of workers": {"num_workers": 4, "batch_size": 2},
+    "first ready, views of one of two workers": {"num_workers": 2, "batch_size": 2},
+    "first ready, gathered": {"num_workers": 4, "batch_size": 2, "zero_copy": False},
+    "first ready, three gathered": {"num_workers": 4, "batch_size": 3, "zero_copy": False},
+}
+
+counters = [functools.partial(Counter, [3, 1, 2], ends, delay) for ends, delay in
+            [("terminate", 0.0), ("truncate", 0.002), ("both", 0.0), ("terminate", 0.001)]]  # fmt: skip
+teams = [functools.partial(Team, [("++.", "+T.", "+.+", "X.T"), (".++", "+++", "XT+", "..X")])] * 4
+
+
+# ------------------------------------------------------------------------------------------------------- one behaviour
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_multiprocessing_equals_serial(strategy):
+    infos = "final" if "single" in strategy or "pairs" in strategy else "all"
+    expected = trajectories(Serial(counters, infos=infos), 14)
+    with Multiprocessing(counters, infos=infos, **STRATEGIES[strategy]) as envs:
+        assert trajectories(envs, 14) == expected
+
+
+def one_to_three(rows, steps):
+    return 1 + scripted(rows, steps) % 3
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_multiprocessing_equals_serial_for_teams(strategy):
+    expected = trajectories(Serial(teams, infos="all"), 9, one_to_three)
+    with Multiprocessing(teams, infos="all", **STRATEGIES[strategy]) as envs:
+        assert trajectories(envs, 9, one_to_three) == expected
+
+
+def nested_actions(rows, steps):
+    return (np.asarray(rows)[:, None] * 5 + np.asarray(steps)[:, None] * 3 + np.arange(5)) % [3, 2, 2, 2, 4]
+
+
+@pytest.mark.parametrize("strategy", ["sync, two workers", "first ready, views of one of two workers"])
+@pytest.mark.parametrize("make", [Nested, Recycling, ArrayReward])
+def test_multiprocessing_equals_serial_for_awkward_envs(make, strategy):
+    action = {Nested: nested_actions, Recycling: lambda rows, steps: scripted(rows, steps) % 2}.get(make, scripted)
+    expected = trajectories(Serial([make] * 4, infos="all"), 10, action)
+    with Multiprocessing([make] * 4, infos="all", **STRATEGIES[strategy]) as envs:
+        assert trajectories(envs, 10, action) == expected
+
+
+OBSERVED = [
+    spaces.Box(-1, 1, (), np.float32),
+    spaces.Box(0, 1, (3,), np.dtype(bool).type),
+    spaces.Box(-1, 1, (3, 2), np.float16),
+    spaces.Discrete(5, start=-2),
+    spaces.MultiBinary(4),
+    spaces.Tuple([spaces.Discrete(3), spaces.Box(0, 1, (), np.float64), spaces.MultiDiscrete([[2, 3]])]),
+]
+
+
+@pytest.mark.parametrize("space", OBSERVED, ids=str)
+def test_any_observation_comes_back_as_it_was(space):
+    env_fns, plain_env = [functools.partial(Observer, space)] * 2, Observer(space)
+    for envs in (Serial(env_fns), Multiprocessing(env_fns, num_workers=2)):
+        with envs:
+            observations, _ = envs.reset(seed=[4, 4])
+            sample, _ = plain_env.reset(seed=4)
+            for _ in range(3):
+                assert envs.observation_space.contains(observations)
+                tree = envs.layout.unflatten(observations)
+                for row in range(2):
+                    for value, twin in zip(*[part if isinstance(part, tuple) else (part,) for part in (sample, tree)]):
+                        assert np.array_equal(twin[row].reshape(np.shape(value)), value)
+                observations, sample = envs.step(np.zeros(2, int))[0], plain_env.step(0)[0]
+
+
+def cart_pole():
+    return gymnasium.wrappers.RecordEpisodeStatistics(gymnasium.make("CartPole-v1"))
+
+
+def without_times(infos):
+    infos = {key: without_times(value) if isinstance(value, dict) else plain(value) for key, value in infos.items()}
+    return {key: value for key, value in infos.items() if key not in ("t", "_t")}
+
+
+@pytest.mark.parametrize("backend", [Serial, functools.partial(Multiprocessing, num_workers=2)])
+def test_results_are_those_of_gymnasiums_sync_vector_env(backend):
+    theirs = SyncVectorEnv([cart_pole] * 4, autoreset_mode=AutoresetMode.SAME_STEP)
+    with backend([cart_pole] * 4, infos="all") as ours:
+        assert ours.observation_space == theirs.observation_space and ours.action_space == theirs.action_space
+        assert ours.single_action_space == theirs.single_action_space and ours.num_envs == 4
+        rng, ends = np.random.default_rng(0), 0
+        results = [envs.reset(seed=3) for envs in (theirs, ours)]
+        for _ in range(120):
+            (*expected, expected_infos), (*got, infos) = results
+            for array, twin in zip(expected, got):
+                assert np.array_equal(array, twin) and array.dtype == twin.dtype
+            assert without_times(expected_infos) == without_times(infos)
+            ends += "final_info" in infos
+            actions = rng.integers(2, size=4)
+            results = [envs.step(actions) for envs in (theirs, ours)]
+        assert ends > 5
+    theirs.close()
+
+
+@pytest.mark.parametrize("backend", [Serial, functools.partial(Multiprocessing, num_workers=2)])
+def test_gymnasiums_vector_wrappers_work_on_top(backend):
+    wrapper, make = gymnasium.wrappers.vector.RecordEpisodeStatistics, functools.partial(gymnasium.make, "CartPole-v1")
+    theirs = wrapper(SyncVectorEnv([make] * 4, autoreset_mode=AutoresetMode.SAME_STEP))
+    ours = wrapper(backend([make] * 4))
+    rng, episodes = np.random.default_rng(0), 0
+    assert np.array_equal(theirs.reset(seed=3)[0], ours.reset(seed=3)[0])
+    for _ in range(60):
+        actions = rng.integers(2, size=4)
+        expected, got = theirs.step(actions)[4], ours.step(actions)[4]
+        assert ("episode" in expected) == ("episode" in got)
+        if "episode" in expected:
+            episodes += 1
+            assert without_times(expected["episode"]) == without_times(got["episode"])
+    assert episodes > 2
+    ours.close(), theirs.close()
+
+
+BACKENDS = {
+    "Serial": Serial,
+    "Multiprocessing": functools.partial(Multiprocessing, num_workers=2),
+    "copies": functools.partial(Multiprocessing, num_workers=2, zero_copy=False),
+}
+backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+
+
+# ---------------------------------------------------------------------------------------------------- ends of episodes
+
+
+@backends
+@pytest.mark.parametrize("ends", ["terminate", "truncate", "both"])
+def test_the_row_of_a_last_step_is_the_next_episodes_first_observation(backend, ends):
+    with backend([lambda: Counter(2, ends), lambda: Counter(3, ends)]) as envs:
+        assert envs.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
+        observations, infos = envs.reset(seed=5)
+        assert observations[:, :4].tolist() == [[5, 0, 0, 0], [6, 0, 0, 0]] and infos == {}
+        #           rows: seed, episode, step, total    final_obs of the row that ended         rewards
+        table = [
+            ([[5, 0, 1, 4], [6, 0, 1, 1]], None, [1.5, 1.125]),
+            ([[5, 1, 0, 0], [6, 0, 2, 2]], (0, [5, 0, 2, 8]), [2.5, 2.125]),
+            ([[5, 1, 1, 4], [6, 1, 0, 0]], (1, [6, 0, 3, 3]), [1.5, 3.125]),
+            ([[5, 2, 0, 0], [6, 1, 1, 1]], (0, [5, 1, 2, 8]), [2.5, 1.125]),
+        ]
+        for rows, final, wanted in table:
+            observations, rewards, terminations, truncations, infos = envs.step(np.array([4, 1]))
+            over = [final is not None and final[0] == row for row in range(2)]
+            assert observations[:, :4].tolist() == rows and rewards.tolist() == wanted
+            assert terminations.tolist() == [ends != "truncate" and end for end in over]
+            assert truncations.tolist() == [ends != "terminate" and end for end in over]
+            if final is None:
+                assert infos == {}
+                continue
+            row, last = final
+            assert set(infos) == {"final_obs", "_final_obs", "final_info", "_final_info"}
+            assert infos["_final_obs"].tolist() == infos["_final_info"].tolist() == over
+            assert infos["final_obs"][row][:4].tolist() == last and infos["final_obs"][1 - row] is None
+            assert info_of(infos, row)["final_info"] == {"steps": last[2]}
+
+
+@backends
+@pytest.mark.parametrize("infos", ["final", "all"])
+def test_last_things_survive_an_env_that_recycles_its_arrays(backend, infos):
+    with backend([Recycling, Recycling], infos=infos) as envs:
+        envs.reset()
+        for _ in range(2):
+            envs.step(np.zeros(2, int))
+        observations, _, terminations, _, said = envs.step(np.zeros(2, int))
+        assert terminations.all()
+        for row in range(2):
+            assert envs.layout.unflatten(observations)["a"][row].tolist() == [10] * 3
+            last, info = envs.layout.unflatten(said["final_obs"][row]), info_of(said, row)
+            assert last["a"].tolist() == [13] * 3 and last["b"].tolist() == [13] * 2
+            assert info["final_info"] == {"steps": 3, "trace": [13, 13]}
+            assert infos == "final" or (info["steps"], info["trace"]) == (0, [10, 10])
+
+
+@backends
+def test_infos_say_nothing_but_the_last_in_final_mode(backend):
+    with backend([functools.partial(Counter, 3)] * 2, infos="final") as envs:
+        said = [envs.reset()[1]] + [envs.step(np.zeros(2, int))[4] for _ in range(6)]
+        assert [bool(infos) for infos in said] == [False, False, False, True, False, False, True]
+
+
+@backends
+def test_infos_of_every_step_come_in_all_mode(backend):
+    with backend([functools.partial(Counter, 2), functools.partial(Counter, 3)], infos="all") as envs:
+        _, infos = envs.reset(options={"level": 4})
+        assert [info_of(infos, row) for row in range(2)] == [{"began": 0, "level": 4}] * 2
+        infos = envs.step(np.zeros(2, int))[4]
+        assert [info_of(infos, row) for row in range(2)] == [{"steps": 1}] * 2
+        first, second = [info_of(infos, row) for infos in [envs.step(np.zeros(2, int))[4]] for row in range(2)]
+        assert first.pop("final_obs")[2] == 2
+        assert (first, second) == ({"final_info": {"steps": 2}, "began": 1}, {"steps": 2})
+
+
+@backends
+def test_nothing_from_before_a_reset_comes_after_it(backend):
+    with backend([functools.partial(Counter, 1)] * 2) as envs:
+        envs.async_reset(seed=0)
+        for turn in range(30):
+            batch = envs.recv()
+            assert batch.infos == {} and not batch.terminations.any() and not batch.rewards.any()
+            assert batch.observations[:, [0, 2]].tolist() == [[turn, 0], [turn + 1, 0]]
+            envs.send(np.zeros(2, int))  # every step ends an episode, with an info
+            if turn % 3 == 1:
+                assert envs.recv().infos["_final_obs"].all()
+            envs.async_reset(seed=turn + 1)
+
+
+def test_episode_statistics_are_the_same_everywhere():
+    env_fns = [lambda: EpisodeStats(Counter([3, 2]))] * 2
+    for backend in BACKENDS.values():
+        with backend(env_fns) as envs:
+            envs.reset()
+            stats = []
+            for _ in range(5):
+                infos = envs.step(np.array([0, 4]))[4]
+                stats += [info_of(infos, row)["final_info"]["episode"] for row in range(2) if infos]
+            assert [(stat["r"], stat["l"], stat["steps"]) for stat in stats] == [(6, 3, 6), (7.5, 3, 6), (3, 2, 3), (4, 2, 3)]
+
+
+# --------------------------------------------------------------------------------------------------------------- teams
+
+
+def team_row(envs, row, episode, time):
+    return envs.layout.flatten({"id": np.uint8(row + 1), "time": np.array([episode, time], np.int32)}).tolist()
+
+
+def expect_team(envs, scripts, steps):
+    """Work out what every recv has to say of a team, from its scripts."""
+    episode, time, agents = 0, 0, len(scripts[0][0])
+    zero = [0] * envs.single_observation_space.shape[0]
+
+    def observed(script, time):
+        return [team_row(envs, row, episode, time) if state != "." else zero for row, state in enumerate(script[time])]
+
+    script = scripts[0]
+    yield observed(script, 0), [0.0] * agents, [False] * agents, [False] * agents, [s != "." for s in script[0]], {}
+    for _ in range(steps):
+        time += 1
+        states, rows, finals = script[time], observed(script, time), {}
+        masks = [state != "." for state in states]
+        rewards = [10.0 * (row + 1) + time if mask else 0.0 for row, mask in enumerate(masks)]
+        ended = (states, [state == "T" for state in states], [state == "X" for state in states])
+        for row, state in enumerate(states):
+            if state in "TX":
+                finals[row] = {"final_info": {"time": time}}
+        if "+" not in states:
+            episode, time = episode + 1, 0
+            script = scripts[episode % len(scripts)]
+            for row, start in enumerate(script[0]):
+                if start == "+":  # in the next episode already: the row shows it, final_obs keeps the last
+                    if row in finals:
+                        finals[row]["final_obs"] = rows[row]
+                    rows[row], masks[row] = team_row(envs, row, episode, 0), True
+        yield rows, rewards, *ended[1:], masks, finals
+
+
+TEAM_SCRIPTS = {
+    "absent at reset, dying, returning": [("++.", "+T.", "+.+", "+++", "X.T")],
+    "all truncated at once": [("+++", "+++", "XXX")],
+    "another set of agents in turn": [("++.", "+++", "XTX"), (".++", ".+T", ".X."), ("+..", "+..", "T..")],
+    "one after the other": [("+++", "T++", ".X+", "..T")],
+    "a last one who was not there before": [("+..", "..+", "TX.")],
+}
+
+
+@backends
+@pytest.mark.parametrize("name", TEAM_SCRIPTS)
+def test_what_is_said_of_a_team_can_be_worked_out_by_hand(backend, name):
+    scripts = TEAM_SCRIPTS[name]
+    with backend([functools.partial(Team, scripts)] * 2) as envs:
+        assert (envs.num_envs, envs.num_agents, envs.agents_per_batch) == (2, 6, 6)
+        envs.async_reset(seed=0)
+        for rows, rewards, terminations, truncations, masks, finals in expect_team(envs, scripts, 12):
+            batch = envs.recv()
+            for start in (0, 3):
+                own = slice(start, start + 3)
+                assert batch.observations[own].tolist() == rows and batch.masks[own].tolist() == masks
+                assert batch.rewards[own].tolist() == rewards
+                assert batch.terminations[own].tolist() == terminations
+                assert batch.truncations[own].tolist() == truncations
+                assert [info_of(batch.infos, start + row) for row in range(3)] == [finals.get(row, {}) for row in range(3)]
+            assert np.array_equal(batch.agent_ids, np.arange(6)) and np.array_equal(envs.masks, batch.masks)
+            envs.send(np.full(6, 2))
+
+
+@backends
+def test_a_team_of_box_observations_equals_single_envs(backend):
+    with backend([functools.partial(CounterTeam, 2)] * 2) as team, backend([functools.partial(Counter, [3, 2])] * 4) as alone:
+        observations, expected = team.reset(seed=[3, 8])[0], alone.reset(seed=[3, 3, 8, 8])[0]
+        for step in range(9):
+            assert np.array_equal(observations, expected)
+            actions = np.array([step, step, step, step]) % 5
+            (observations, *results, infos), (expected, *wanted, wanted_infos) = team.step(actions), alone.step(actions)
+            for got, want in zip(results, wanted):
+                assert np.array_equal(got, want)
+            assert [info_of(infos, row) for row in range(4)] == [info_of(wanted_infos, row) for row in range(4)]
+
+
+@backends
+def test_a_real_pettingzoo_env_steps_in_every_backend(backend):
+    simple_spread = pytest.importorskip("mpe2.simple_spread_v3")
+    plain_env = simple_spread.parallel_env(max_cycles=4)
+    with backend([lambda: simple_spread.parallel_env(max_cycles=4)] * 2) as envs:
+        observations, _ = envs.reset(seed=[6, 6])
+        expected, _ = plain_env.reset(seed=6)
+        for step in range(4):
+            assert np.array_equal(observations, list(expected.values()) * 2) and envs.masks.all()
+            actions = np.array([1, 3, step] * 2)
+            observations, rewards, terminations, truncations, infos = envs.step(actions)
+            expected, wanted, *_ = plain_env.step(dict(zip(plain_env.possible_agents, actions[:3].tolist())))
+            assert rewards.tolist() == list(wanted.values()) * 2
+        assert truncations.all() and not terminations.any()
+        assert np.array_equal(np.stack(infos["final_obs"]), list(expected.values()) * 2)
+
+
+# --------------------------------------------------------------------------------------------------------------- seeds
+
+seeded = [functools.partial(Counter, [2, 3])] * 4
+
+
+@functools.lru_cache
+def serial_seeded():
+    return trajectories(Serial(seeded), 12, seed=40)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_seeds_go_by_global_index_whatever_the_split(num_workers):
+    with Multiprocessing(seeded, num_workers=num_workers) as envs:
+        got = trajectories(envs, 12, seed=40)
+    assert got == serial_seeded()
+    assert [got[row][0][0][0] for row in range(4)] == [40, 41, 42, 43]
+    draws = [tuple(step[0][4] for step in got[row]) for row in range(4)]
+    assert len(set(draws)) == 4  # different environments, different dice, over several episodes
+
+
+@pytest.mark.parametrize("context", ["forkserver", "spawn"])
+def test_seeds_go_by_global_index_whatever_the_start_method(context):
+    class Local(Counter):  # no worker can import this one
+        pass
+
+    for env_fns in (seeded, [lambda: Local([2, 3])] * 4):
+        with Multiprocessing(env_fns, num_workers=2, context=context) as envs:
+            assert trajectories(envs, 12, seed=40) == serial_seeded()
+
+
+@pytest.mark.parametrize("backend", [BACKENDS["Serial"], BACKENDS["Multiprocessing"]])
+@pytest.mark.parametrize("seed", [np.int64(7), (7, 8), [np.int64(7), np.int64(8)], np.array([7, 8])], ids=repr)
+def test_seeds_may_be_numbers_or_lists_of_any_integer_type(backend, seed):
+    with backend([Counter, Counter]) as envs:
+        assert envs.reset(seed=seed)[0][:, 0].tolist() == [7, 8]
+
+
+@backends
+def test_a_list_of_seeds_gives_each_env_its_own_or_none(backend):
+    with backend([Counter] * 4) as envs:
+        assert envs.reset(seed=[5, None, 5, 9])[0][:, 0].tolist() == [5, -1, 5, 9]
+        again = envs.reset(seed=[5, 6, 5, 9])[0]
+        assert np.array_equal(again[0, [0, 4]], again[2, [0, 4]])
+        for seed in ([1, 2, 3], [1, 2, 3, 4, 5]):
+            with pytest.raises(ValueError, match="seed"):
+                envs.reset(seed=seed)
+
+
+@backends
+def test_the_same_seed_twice_gives_the_same_episodes(backend):
+    with backend([Counter] * 2) as envs:
+        runs = [[(step[0][0], *step[0][2:]) for step in trajectories(envs, 12, seed=3)[1]] for _ in range(2)]
+    assert runs[0] == runs[1]  # but for the number of the episode
+
+
+def test_global_generators_repeat_with_the_seed_and_differ_between_workers():
+    runs = []
+    for seed in (5, 5, 6):
+        with Multiprocessing([GlobalRandom] * 2, num_workers=2) as envs:
+            observations = [envs.reset(seed=seed)[0].copy()]
+            observations += [envs.step(np.zeros(2, int))[0].copy() for _ in range(5)]  # two more episodes
+            runs.append(np.array(observations))
+    assert np.array_equal(runs[0], runs[1]) and not np.array_equal(runs[0], runs[2])
+    assert not (runs[0][:, 0] == runs[0][:, 1]).any()
+
+
+def test_global_generators_differ_between_workers_without_a_seed_too():
+    with Multiprocessing([GlobalRandom] * 2, num_workers=2, context="fork") as envs:
+        observations = envs.reset()[0]
+        assert not (observations[0] == observations[1]).any()
+
+
+def test_the_parents_global_generators_are_left_alone():
+    np.random.seed(3)
+    expected = np.random.random(2)
+    np.random.seed(3)
+    with Multiprocessing([GlobalRandom] * 2, num_workers=2) as envs:
+        envs.reset(seed=1)
+    assert np.array_equal(np.random.random(2), expected)
+
+
+# ---------------------------------------------------------------------------------------------------- views and copies
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_zero_copy_batches_are_views_of_one_memory(batch_size):
+    with Multiprocessing([Counter] * 4, num_workers=2, batch_size=batch_size) as envs:
+        envs.async_reset(seed=1)
+        seen = {}
+        for _ in range(8):
+            batch = envs.recv()
+            last = seen.setdefault(batch.agent_ids[0], batch)
+            for name in ("observations", "rewards", "terminations", "truncations", "masks"):
+                assert np.shares_memory(getattr(batch, name), getattr(last, name)), name
+            before = batch.observations.copy()
+            assert np.array_equal(before, batch.observations)
+            envs.send(np.zeros(envs.agents_per_batch, int))
+
+
+def test_a_view_lives_until_the_next_send_of_its_envs():
+    with Multiprocessing([functools.partial(Counter, 50)] * 4, num_workers=2, batch_size=2) as envs:
+        envs.async_reset(seed=1)
+        first, copies = envs.recv(), None
+        copies = first.observations.copy()
+        envs.send(np.zeros(2, int))
+        second = envs.recv()
+        while second.agent_ids[0] == first.agent_ids[0]:  # the same envs may be ready first once more
+            copies = second.observations.copy()
+            envs.send(np.zeros(2, int))
+            second = envs.recv()
+        time.sleep(0.02)
+        kept = second.observations.copy()
+        envs.call("plus", 1)  # nothing that is not a send changes it
+        assert np.array_equal(second.observations, kept) and copies is not None
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"num_workers": 4, "batch_size": 2}])
+def test_copies_stay_as_they_were(options):
+    with Multiprocessing([Counter] * 4, zero_copy=False, **{"num_workers": 2, **options}) as envs:
+        envs.async_reset(seed=1)
+        kept = []
+        for _ in range(12):
+            batch = envs.recv()
+            kept.append((batch, [np.array(field) for field in (*batch[:4], *batch[5:])]))
+            envs.send(np.zeros(envs.agents_per_batch, int))
+        for batch, fields in kept:
+            for field, copy in zip((*batch[:4], *batch[5:]), fields):
+                assert np.array_equal(field, copy)
+
+
+def test_actions_are_taken_at_once():
+    with Multiprocessing([functools.partial(Counter, 9, delay=0.02)] * 2, num_workers=2) as envs:
+        envs.reset()
+        actions = np.array([1, 2])
+        envs.send(actions)
+        actions[:] = 4
+        assert envs.recv().observations[:, 3].tolist() == [1, 2]
+
+
+# --------------------------------------------------------------------------------------------------------- first ready
+
+
+@pytest.mark.parametrize("zero_copy", [True, False])
+def test_a_slow_env_holds_nobody_up(zero_copy):
+    slow, fast = functools.partial(Counter, 1000, delay=2), functools.partial(Counter, 1000, delay=0.001)
+    with Multiprocessing([slow, fast, fast, fast], num_workers=4, batch_size=2, zero_copy=zero_copy) as envs:
+        envs.async_reset(seed=1)
+        while 0 not in envs.recv().agent_ids:  # the reset is fast, so the slow one soon has its first turn
+            envs.send(np.zeros(2, int))
+        envs.send(np.zeros(2, int))
+        start = time.perf_counter()
+        for _ in range(40):
+            batch = envs.recv()
+            assert 0 not in batch.agent_ids
+            envs.send(np.zeros(2, int))
+        assert time.perf_counter() - start < 1.5
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 2}, {"batch_size": 1}, {"batch_size": 3, "zero_copy": False}], ids=str)
+@pytest.mark.parametrize("delay", [0, 0.004])
+def test_nobody_starves_and_equally_fast_envs_get_equal_turns(options, delay):
+    make = functools.partial(Counter, 1000, delay=delay) if delay else NoOp
+    with Multiprocessing([make] * 6, num_workers=6, **options) as envs:
+        envs.async_reset()
+        turns = np.zeros(6, int)
+        for _ in range(300):
+            batch = envs.recv()
+            turns[batch.agent_ids] += 1
+            envs.send(np.zeros(envs.agents_per_batch, int))
+        # Without a delay, it is the operating system that shares out the cores.
+        assert turns.min() * (2 if delay else 20) >= turns.max(), turns
+
+
+@pytest.mark.parametrize("zero_copy", [True, False])
+def test_a_thousand_resets_in_mid_flight(zero_copy):
+    rng = np.random.default_rng(0)
+    with Multiprocessing([functools.partial(Counter, 2)] * 4, num_workers=4, batch_size=2, zero_copy=zero_copy) as envs:
+        for turn in range(1000):
+            envs.async_reset(seed=turn)
+            fresh = set(range(4))
+            for _ in range(int(rng.integers(0, 3))):
+                batch = envs.recv()
+                for position, row in enumerate(batch.agent_ids.tolist()):
+                    assert batch.observations[position, 0] == turn + row
+                    if row in fresh:  # its first since the reset, so nothing can have happened yet
+                        assert batch.observations[position, 2] == 0 and batch.rewards[position] == 0
+                        assert info_of(batch.infos, position) == {} and not batch.terminations[position]
+                        fresh.remove(row)
+                if rng.random() < 0.8:
+                    envs.send(np.ones(2, int))
+                else:
+                    break
+
+
+def test_a_timeout_bounds_the_call_and_loses_nothing():
+    with Multiprocessing([functools.partial(Counter, 5, delay=0.25)] * 2, num_workers=2) as envs:
+        envs.reset(seed=1)
+        for step in range(1, 4):
+            envs.send(np.array([1, 2]))
+            for timeout in (0, 0.05):
+                start = time.perf_counter()
+                with pytest.raises(TimeoutError):
+                    envs.recv(timeout=timeout)
+                assert timeout <= time.perf_counter() - start < timeout + 0.1
+            batch = envs.recv(timeout=10)
+            assert batch.observations[:, 2:4].tolist() == [[step, step], [step, 2 * step]]
+        envs.send(np.array([1, 2]))
+        with pytest.raises(TimeoutError):
+            envs.recv(0.01)
+        assert envs.reset(seed=7)[0][:, :3].tolist() == [[7, 1, 0], [8, 1, 0]]  # and what was under way is dropped
+
+
+def test_a_timeout_of_zero_polls():
+    with Multiprocessing([functools.partial(Counter, 50, delay=0.02)] * 2, num_workers=2) as envs:
+        envs.reset(seed=1)
+        envs.send(np.array([1, 2]))
+        polls, start = 0, time.perf_counter()
+        while time.perf_counter() - start < 5:
+            try:
+                batch = envs.recv(timeout=0)
+                break
+            except TimeoutError:
+                polls += 1
+        assert polls > 3 and batch.observations[:, 3].tolist() == [1, 2]
+
+
+# -------------------------------------------------------------------------------------------------------------- misuse
+
+
+@backends
+def test_calls_out_of_order_are_refused(backend):
+    actions = np.zeros(2, int)
+    with backend([functools.partial(Counter, 99)] * 2) as envs:
+        for call in (lambda: envs.send(actions), envs.recv, lambda: envs.step(actions)):
+            with pytest.raises(APIUsageError):
+                call()
+        envs.reset(seed=1)
+        with pytest.raises(APIUsageError):
+            envs.recv()
+        envs.send(actions)
+        with pytest.raises(APIUsageError):
+            envs.send(actions)
+        assert envs.recv().observations[:, 2].tolist() == [1, 1]
+        with pytest.raises(APIUsageError):
+            envs.recv()
+        assert envs.step(actions)[0][:, 2].tolist() == [2, 2]
+    for call in (lambda: envs.send(actions), envs.recv, envs.reset, envs.async_reset, lambda: envs.step(actions)):
+        with pytest.raises(APIUsageError, match="closed"):
+            call()
+    for call in (lambda: envs.call("plus", 1), lambda: envs.get_attr("seed"), lambda: envs.set_attr("seed", 1)):
+        with pytest.raises(APIUsageError, match="closed"):
+            call()
+
+
+BAD_ACTIONS = [np.zeros(3, int), np.zeros((2, 1), int), np.zeros(2), np.int64(0), np.zeros(0, int), None, ["a", "b"]]
+
+
+@backends
+def test_actions_of_another_shape_or_dtype_are_refused(backend):
+    with backend([functools.partial(Counter, 99)] * 2) as envs:
+        envs.reset(seed=1)
+        for actions in BAD_ACTIONS:
+            with pytest.raises(APIUsageError, match=r"\(2,\)"):
+                envs.step(actions)
+        assert envs.step([1, 2])[0][:, 2:4].tolist() == [[1, 1], [1, 2]]  # nothing was sent, and lists will do
+        assert envs.step(np.array([1, 2], np.int32))[0][:, 3].tolist() == [2, 4]
+
+
+@backends
+@pytest.mark.parametrize("make", [None, 3, [3], ["CartPole-v1"], [], Counter, [Counter()]], ids=str)
+def test_env_fns_that_are_no_functions_are_refused(backend, make, monkeypatch):
+    ignored = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    with pytest.raises((TypeError, ValueError), match="env_fns"):
+        backend(make)
+    assert ignored == []  # nothing that is half built complains when it goes
+
+
+@backends
+def test_env_fns_that_return_something_else_are_refused(backend):
+    with pytest.raises((TypeError, WorkerError), match="gymnasium.Env.*got dict"):
+        backend([dict, dict])
+
+
+DIVISIBILITY = [
+    ({"num_workers": 4}, "num_workers"),
+    ({"num_workers": 7}, "num_workers"),
+    ({"num_workers": 0}, "num_workers"),
+    ({"num_workers": -1}, "num_workers"),
+    ({"num_workers": 6, "batch_size": 4}, "batch_size"),  # 6 is not a multiple of it, and views must not overlap
+    ({"num_workers": 2, "batch_size": 2}, "batch_size"),  # less than what a worker has
+    ({"num_workers": 2, "batch_size": 12}, "batch_size"),
+    ({"num_workers": 2, "batch_size": 0}, "batch_size"),
+    ({"num_workers": 3, "batch_size": 3, "zero_copy": False}, "batch_size"),
+    ({"num_workers": 2, "infos": "some"}, "infos"),
+]
+
+
+@pytest.mark.parametrize("options, name", DIVISIBILITY, ids=str)
+def test_numbers_that_do_not_divide_are_refused_by_name(options, name, monkeypatch):
+    ignored = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    with pytest.raises(ValueError, match=name):
+        Multiprocessing([Counter] * 6, **options)
+    assert ignored == []
+
+
+@backends
+def test_envs_that_are_not_alike_are_refused(backend):
+    with pytest.raises((ValueError, WorkerError), match="alike"):
+        backend([Counter, NoOp])
+    with pytest.raises((ValueError, WorkerError), match="alike"):
+        backend([Counter, Counter, Counter, NoOp])
+
+
+# ---------------------------------------------------------------------------------------------------- calls, attributes
+
+
+@backends
+def test_call_get_attr_and_set_attr(backend):
+    with backend([lambda: gymnasium.wrappers.TimeLimit(Counter(99), 50)] * 4) as envs:
+        envs.reset(seed=10)
+        assert envs.call("plus", 5) == (15, 16, 17, 18)
+        assert envs.call("plus", 5, scale=2) == (30, 32, 34, 36)
+        assert envs.get_attr("seed") == (10, 11, 12, 13)
+        envs.set_attr("tag", [1, 2, 3, 4])
+        assert envs.get_attr("tag") == (1, 2, 3, 4)
+        envs.set_attr("tag", "same")
+        assert envs.get_attr("tag") == ("same",) * 4
+        envs.set_attr("seed", 20)
+        assert envs.step(np.zeros(4, int))[0][:, 0].tolist() == [20] * 4  # the inner env itself was set
+        with pytest.raises(ValueError, match="4"):
+            envs.set_attr("tag", [1, 2, 3])
+
+
+@backends
+def test_calls_may_come_while_steps_are_under_way(backend):
+    with backend([functools.partial(Counter, 99, delay=0.01)] * 2) as envs:
+        envs.reset(seed=1)
+        for step in range(1, 6):
+            envs.send(np.array([1, 2]))
+            assert envs.call("plus", 1) == (2, 3)
+            assert envs.recv().observations[:, 2:4].tolist() == [[step, step], [step, 2 * step]]
+
+
+@backends
+def test_a_call_that_fails_says_so_and_spoils_nothing(backend):
+    with backend([functools.partial(Counter, 99)] * 2) as envs:
+        envs.reset(seed=1)
+        for _ in range(2):
+            with pytest.raises((AttributeError, WorkerError), match="nothing_like_it"):
+                envs.call("nothing_like_it")
+        assert envs.get_attr("seed") == (1, 2)
+        assert envs.step(np.zeros(2, int))[0][:, 2].tolist() == [1, 1]
+
+
+@backends
+def test_teams_can_be_called(backend):
+    with backend([Team] * 2) as envs:
+        envs.reset(seed=4)
+        assert envs.get_attr("seed") == (4, 5)
+        envs.set_attr("seed", [8, 9])
+        assert envs.get_attr("seed") == (8, 9)
+
+
+# ------------------------------------------------------------------------------------------------------- construction
+
+
+def test_names_and_spaces():
+    with Multiprocessing([Nested] * 8, num_workers=4, batch_size=4) as envs:
+        assert isinstance(envs, gymnasium.vector.VectorEnv)
+        assert (envs.num_envs, envs.num_agents, envs.agents_per_batch, envs.batch_size, envs.num_workers) == (8, 8, 4, 4, 4)
+        assert envs.single_observation_space == envs.layout.flat_space and envs.layout.space == Nested.observation_space
+        assert envs.observation_space.shape == (4, *envs.single_observation_space.shape)
+        assert envs.action_space.shape == (4, 5)
+        envs.async_reset()
+        batch = envs.recv()
+        assert batch._fields == (
+            "observations", "rewards", "terminations", "truncations", "infos", "agent_ids", "masks"
+        )  # fmt: skip
+        assert envs.agent_ids is batch.agent_ids and envs.masks is batch.masks and batch.masks.all()
+        assert batch.rewards.dtype == np.float64 and batch.terminations.dtype == batch.truncations.dtype == bool
+
+
+def test_envs_that_are_adapted_already_are_taken_as_they_are():
+    for make in (lambda: GymnasiumPufferEnv(Nested()), Nested):
+        with Serial([make]) as envs:
+            assert isinstance(envs.envs[0], GymnasiumPufferEnv) and isinstance(envs.envs[0].env, Nested)
+            assert envs.reset(seed=1)[0].shape == (1, *envs.layout.flat_space.shape)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_every_env_is_constructed_once_and_closed_once(tmp_path, context):
+    path = str(tmp_path / "events")
+    env_fns = [functools.partial(Marker, path, name) for name in range(6)]
+    with Multiprocessing(env_fns, num_workers=3, context=context) as envs:
+        envs.reset()
+        envs.step(np.zeros(6, int))
+    events = sorted(Path(path).read_text().splitlines())
+    assert events == [f"{event} {name}" for event in ("closed", "constructed") for name in range(6)]
+
+
+def test_serial_constructs_and_closes_every_env_once(tmp_path):
+    path = str(tmp_path / "events")
+    with Serial([functools.partial(Marker, path, name) for name in range(3)]) as envs:
+        envs.close()
+    envs.close()
+    events = sorted(Path(path).read_text().splitlines())
+    assert events == [f"{event} {name}" for event in ("closed", "constructed") for name in range(3)]
+
+
+def test_serial_closes_what_it_has_when_a_constructor_fails(tmp_path):
+    path = str(tmp_path / "events")
+    with pytest.raises(ZeroDivisionError, match="constructor"):
+        Serial([functools.partial(Marker, path, 0), functools.partial(Crashing, "constructor")])
+    assert Path(path).read_text().splitlines() == ["constructed 0", "closed 0"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs CPU affinity")
+def test_the_default_number_of_workers_respects_affinity():
+    code = """
+import os
+from puffer_core import Multiprocessing
+from tests.envs import Counter
+cores = sorted(os.sched_getaffinity(0))
+for allowed in (cores[:1], cores):
+    os.sched_setaffinity(0, allowed)
+    with Multiprocessing([Counter] * 12) as envs:
+        print(len(allowed), envs.num_workers)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    for line in done.stdout.splitlines():
+        allowed, workers = map(int, line.split())
+        assert workers == max(count for count in (1, 2, 3, 4, 6, 12) if count <= allowed)
+    assert len(done.stdout.splitlines()) == 2, done.stderr
+
+
+@pytest.mark.parametrize("infos", ["final", "all"])
+def test_infos_of_ten_megabytes_are_no_obstacle(infos):
+    with Multiprocessing([functools.partial(BigInfo, 2)] * 2, num_workers=2, infos=infos) as envs:
+        envs.reset()
+        for step in range(1, 5):
+            said = envs.step(np.zeros(2, int))[4]
+            own = info_of(said, 1).get("final_info", info_of(said, 1))
+            assert step % 2 and infos == "final" or own["big"] == bytes([2 - step % 2]) * 10_000_000
+        envs.send(np.zeros(2, int))  # closing with such an info on its way must not hang either
+        start = time.perf_counter()
+    assert time.perf_counter() - start < 2
