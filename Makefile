@@ -22,7 +22,9 @@ lint: .venv/.ready  ## check style and spelling
 	.venv/bin/codespell
 
 test-matrix: .venvs/gymnasium-1.4.0/.ready .venvs/numpy-1.26.4/.ready  ## the core's tests under newer and older packages
-	for venv in $(^D); do echo "== $$venv" && $$venv/bin/python -m pytest $(CORE_TESTS) $(ARGS) || exit 1; done
+	@failed=; for venv in $(^D); do \
+		echo "== $$venv"; $$venv/bin/python -m pytest $(CORE_TESTS) $(ARGS) || failed="$$failed $$venv"; \
+	done; test -z "$$failed" || { echo "failed under:$$failed"; exit 1; }
 
 # The file is written last, so an installation that was cut short is taken up again.
 .venv/.ready: requirements.txt
@@ -36,7 +38,7 @@ test-matrix: .venvs/gymnasium-1.4.0/.ready .venvs/numpy-1.26.4/.ready  ## the co
 	$(PYTHON) -m venv --clear $(@D)
 	grep -v '^$(firstword $(subst -, ,$*))=' requirements.txt > $(@D)/constraints.txt
 	$(@D)/bin/python $(PIP) -c $(@D)/constraints.txt $(subst -,==,$*) \
-		gymnasium numpy torch pettingzoo pytest pytest-timeout hypothesis cloudpickle threadpoolctl
+		gymnasium numpy torch pettingzoo mpe2 pytest pytest-timeout hypothesis cloudpickle threadpoolctl
 	@touch $@
 
 .PHONY: help setup train test lint test-matrix

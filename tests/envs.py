@@ -72,12 +72,17 @@ class Nested(gymnasium.Env):
     observation_space = spaces.Dict(
         {
             "flag": spaces.MultiBinary(3),
-            "inner": spaces.Dict({"position": spaces.Box(-9, 9, (), np.float32), "small": spaces.Box(0, 255, (3,), np.uint8)}),
+            "inner": spaces.Dict(
+                {"position": spaces.Box(-9, 9, (), np.float32), "small": spaces.Box(0, 255, (3,), np.uint8)}
+            ),
             "pair": spaces.Tuple([spaces.Discrete(9, start=-4), spaces.Box(0, 2000, (2, 2), np.float64)]),
         }
     )
     action_space = spaces.Dict(
-        {"move": spaces.Discrete(3, start=-1), "rest": spaces.Tuple([spaces.MultiBinary(2), spaces.MultiDiscrete([2, 4])])}
+        {
+            "move": spaces.Discrete(3, start=-1),
+            "rest": spaces.Tuple([spaces.MultiBinary(2), spaces.MultiDiscrete([2, 4])]),
+        }
     )
 
     def __init__(self, length=4):
@@ -136,7 +141,7 @@ class ArrayReward(Counter):
 
 
 class Crashing(Counter):
-    """Fails in `where` ("constructor", "reset" or "step", of which it survives `after` calls), in the way that `how` says."""
+    """Fails in `where` ("constructor", "reset" or "step"), after it has survived `after` calls, as `how` says."""
 
     def __init__(self, where="step", how="raise", after=0, length=1000):
         super().__init__(length)
@@ -291,7 +296,9 @@ class Team:
     def _present(self):
         now = self.scripts[self.episode % len(self.scripts)][self.time]
         self.agents = [agent for agent, state in zip(self.possible_agents, now) if state == "+"]
-        return [(row, agent, state) for row, (agent, state) in enumerate(zip(self.possible_agents, now)) if state != "."]
+        return [
+            (row, agent, state) for row, (agent, state) in enumerate(zip(self.possible_agents, now)) if state != "."
+        ]
 
     def _observe(self, present):
         time = np.array([self.episode, self.time], np.int32)

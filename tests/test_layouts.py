@@ -208,7 +208,10 @@ def test_bytes_lie_where_numpy_puts_them_and_padding_is_zero(space, seed):
 
 
 @settings(max_examples=40)
-@given(dtype=st.sampled_from(["bool", *INTEGERS, *FLOATS]), shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4))
+@given(
+    dtype=st.sampled_from(["bool", *INTEGERS, *FLOATS]),
+    shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4),
+)
 def test_leaves_of_one_dtype_keep_it(dtype, shapes):
     space = spaces.Tuple([spaces.Box(0, 1, shape, np.dtype(dtype).type) for shape in shapes])
     layout = Layout(space)
@@ -217,6 +220,29 @@ def test_leaves_of_one_dtype_keep_it(dtype, shapes):
 
 
 CHANGES = ["refill", "replace", "replace one", "strided", "transposed", "cast", "list", "read-only", "slice"]
+
+
+def changed(change, old, new, chosen):
+    """Change one leaf of a sample, whose value is `old`: in place, or to the bits of `new` in one form or another."""
+    if change == "refill" and isinstance(old, np.ndarray) and old.flags.writeable:
+        old[...] = new
+    if change == "slice" and isinstance(old, np.ndarray):
+        return old[...]
+    if change == "strided" and new.ndim:
+        wide = np.zeros((*new.shape[:-1], new.shape[-1] * 2), new.dtype)
+        wide[..., ::2] = new
+        return wide[..., ::2]
+    if change == "read-only":
+        new.flags.writeable = False
+        return new
+    forms = {
+        "replace": lambda: new,
+        "replace one": lambda: new if chosen else old,
+        "transposed": lambda: np.asfortranarray(new) if chosen and new.ndim else old,
+        "cast": lambda: (new % 50).astype(np.float64) if chosen and new.dtype.kind in "iu" else old,
+        "list": lambda: new.tolist() if chosen and new.dtype.kind in "biu" and new.size else old,
+    }
+    return forms.get(change, lambda: old)()
 
 
 @settings(max_examples=80)
@@ -230,27 +256,7 @@ def test_refilled_and_replaced_arrays_never_leave_stale_bytes(space, seed, chang
     for turn, change in enumerate(changes * 2):
         fresh = [value for _, _, value in leaves_of(space, random_sample(space, rng))]
         chosen = int(rng.integers(len(values)))
-        for index, new in enumerate(fresh):
-            old = values[index]
-            if change == "refill" and isinstance(old, np.ndarray) and old.flags.writeable:
-                old[...] = new
-            elif change == "strided" and new.ndim:
-                wide = np.zeros((*new.shape[:-1], new.shape[-1] * 2), new.dtype)
-                wide[..., ::2] = new
-                values[index] = wide[..., ::2]
-            elif change == "transposed" and index == chosen and new.ndim:
-                values[index] = np.asfortranarray(new)
-            elif change == "cast" and index == chosen and new.dtype.kind in "iu":
-                values[index] = (new % 50).astype(np.float64)
-            elif change == "list" and index == chosen and new.dtype.kind in "biu" and new.size:
-                values[index] = new.tolist()
-            elif change == "read-only":
-                new.flags.writeable = False
-                values[index] = new
-            elif change == "slice" and isinstance(old, np.ndarray):
-                values[index] = old[...]
-            elif change == "replace" or (change == "replace one" and index == chosen):
-                values[index] = new
+        values = [changed(change, *pair, index == chosen) for index, pair in enumerate(zip(values, fresh))]
         sample = replace_leaves(space, iter(values))
         expected = struct_of(layout, sample).tobytes()
         for _ in range(2 if turn % 3 else 1):
@@ -399,7 +405,10 @@ def box(dtype, *shape):
 
 PADDED = {  # spaces in whose rows numpy leaves gaps, and where their leaves start
     "a struct that ends in padding": ({"in": {"x": box("f4"), "y": box("u1")}, "z": box("u1", 2)}, [0, 4, 8]),
-    "a wide struct after a byte": ({"p": box("u1"), "q": {"i": box("f8"), "j": box("u1")}, "r": box("i2", 3)}, [0, 8, 16, 24]),
+    "a wide struct after a byte": (
+        {"p": box("u1"), "q": {"i": box("f8"), "j": box("u1")}, "r": box("i2", 3)},
+        [0, 8, 16, 24],
+    ),
     "a byte, a nest, a byte": ({"x": box("u1"), "xn": {"b": box("i4"), "c": box("u1")}, "z": box("u1")}, [0, 4, 8, 12]),
     "a byte before a word": ({"n": {"a": box("u1"), "b": box("i4")}, "z": box("u1")}, [0, 4, 8]),
 }
