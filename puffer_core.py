@@ -775,7 +775,7 @@ class Multiprocessing(Serial):
 
     def _wait(self, needed: int = sys.maxsize, timeout: float | None = None) -> None:
         """Collect replies until so many groups are ready, or no worker is busy: yield for SPIN_SECONDS, then block."""
-        start = time.perf_counter()
+        start = spin_start = time.perf_counter()
         if start - self._looked > BLOCK_SECONDS:
             self._look(0.0)  # one may have died that nobody waits for
         while True:
@@ -788,25 +788,28 @@ class Multiprocessing(Serial):
                 if failure is not None:
                     self._fail(line, failure)
                 self._finish(line.index, line.request, reply)
+                spin_start = time.perf_counter()  # where one has finished, others are not far
             if not self._busy or len(self._ready) >= needed:
                 return
-            waited = time.perf_counter() - start
+            now = time.perf_counter()
+            waited = now - start
             if timeout is not None and waited >= timeout:
                 raise TimeoutError(f"waited {waited:.3g} s for workers {[line.index for line in self._busy]}")
-            if waited < SPIN_SECONDS:
+            if now - spin_start < SPIN_SECONDS:
                 _yield()
             else:
                 self._look(BLOCK_SECONDS if timeout is None else min(timeout - waited, BLOCK_SECONDS))
 
     def _look(self, seconds: float) -> None:
-        """Sleep until a busy worker rings or any worker dies."""
-        for line in self._busy:
+        """Sleep until a busy worker rings (the last one, where all are needed) or any worker dies."""
+        awaited = self._busy if len(self._finished) > 1 else self._busy[-1:]
+        for line in awaited:
             line.parent_sleeps[0] = 1
         with self._lines[0].fence:
             finished = any(line.flag[0] not in REQUESTS for line in self._busy)
-        handles = [line.connection for line in self._busy] + [line.process.sentinel for line in self._lines]
+        handles = [line.connection for line in awaited] + [line.process.sentinel for line in self._lines]
         rung, self._looked = wait(handles, 0 if finished else seconds), time.perf_counter()
-        for line in self._busy:
+        for line in awaited:
             line.parent_sleeps[0] = 0
             if line.connection in rung and line.flag[0] != MESSAGE:  # a MESSAGE is received in `_wait`, last words too
                 with contextlib.suppress(EOFError, OSError):
