@@ -1,0 +1,33 @@
+"""README's examples run as they are written."""
+
+import re
+import subprocess
+import sys
+
+from running import ROOT
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+FIRST_READY = """
+import gymnasium, numpy, puffer_core
+env_fns = [lambda: gymnasium.make("CartPole-v1")] * 8
+policy = lambda observations: numpy.zeros(len(observations), int)
+"""
+
+
+def run(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_emulation():
+    run(BLOCKS[0] + "\nassert player_sum.shape == () and row.shape == (3,)")
+
+
+def test_vectorization():
+    run(BLOCKS[1] + "\n    assert observations.shape == (8, 4)")
+
+
+def test_first_ready():
+    assert "while True:" in BLOCKS[2]
+    loop = BLOCKS[2].replace("while True:", "for _ in range(50):")  # the example never ends
+    run(FIRST_READY + loop + "\nassert observations.shape == (4, 4) and len(set(agent_ids)) == 4\nenvs.close()")
