@@ -580,13 +580,13 @@ def test_nobody_starves_and_equally_fast_envs_get_equal_turns(options, delay):
     make = functools.partial(Counter, 1000, delay=delay) if delay else NoOp
     with Multiprocessing([make] * 6, num_workers=6, **options) as envs:
         envs.async_reset()
-        turns = np.zeros(6, int)
-        for _ in range(300):
+        turns, start = np.zeros(6, int), time.perf_counter()
+        # Without a delay, it is the operating system that shares out the cores, in slices of some milliseconds.
+        while turns.sum() < 300 * envs.batch_size or time.perf_counter() - start < 1.5:
             batch = envs.recv()
             turns[batch.agent_ids] += 1
             envs.send(np.zeros(envs.agents_per_batch, int))
-        # Without a delay, it is the operating system that shares out the cores.
-        assert turns.min() * (2 if delay else 20) >= turns.max(), turns
+        assert turns.min() * (2 if delay else 10) >= turns.max(), turns
 
 
 @pytest.mark.parametrize("zero_copy", [True, False])
