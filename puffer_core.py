@@ -32,7 +32,6 @@ import weakref
 from collections import deque, namedtuple
 from collections.abc import Callable, Sequence
 from functools import partial, partialmethod
-from multiprocessing.connection import wait
 from types import SimpleNamespace
 from typing import Any
 
@@ -621,54 +620,39 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
 
 
 class _Line:
-    """What a worker and its parent share: a cache line of flags, and a pipe.
+    """What a worker and its parent share: a flag in a cache line of its own, a pipe, and a bell (a semaphore) for each.
 
-    Publish order: each side writes its rows and then the flag; the other reads the flag and then the rows. x86 shows a
-    core's stores to all others in order, so who sees the flag sees the rows. A weakly ordered CPU (ARM, POWER) needs a
-    store-release and a load-acquire of the flag, which Python cannot express.
-
-    Sleeping: a waiter says that it sleeps, then looks at the flag once more; a publisher writes the flag, then looks
-    whether the other side sleeps, and if so rings with an empty message. Both need the store to be visible before the
-    load, which even x86 grants only across a fence: taking a lock is one. A ring lost elsewhere costs BLOCK_SECONDS.
+    Publish order: first the rows, then the flag, then the bell. The other side spins on the flag, takes the ring that
+    belongs to it, and only then reads the rows. x86 shows a core's stores to all others in order, so the flag would do;
+    a weakly ordered CPU (ARM, POWER) needs a store-release and a load-acquire, which the semaphore is. And as every
+    publish rings once and every ring is taken, a side that stops spinning may sleep on its bell: no ring gets lost.
     """
 
-    def __init__(self, control: Any, index: int, connection: Any):
+    def __init__(self, control: Any, index: int, connection: Any, worker_bell: Any, parent_bell: Any):
         line = np.frombuffer(control, np.uint8)[index * CACHE_LINE : (index + 1) * CACHE_LINE]
-        self.flag, self.worker_sleeps, self.parent_sleeps, self.closing = [line[at : at + 1].data for at in range(4)]
-        self.index, self.connection, self.fence, self.request = index, connection, threading.Lock(), "constructor"
-        self.progress = line[8:16].view(np.int64).data  # which environment is at work
+        self.flag, self.progress = line[:1].data, line[8:16].view(np.int64).data  # which environment is at work
+        self.index, self.connection, self.request = index, connection, "constructor"
+        self.worker_bell, self.parent_bell = worker_bell, parent_bell
 
-    def publish(self, flag: int, sleeper: Any, message: bytes = b"") -> None:
-        self.flag[0] = flag  # before the message, so that one larger than the pipe finds its reader
-        with self.fence:
-            pass
-        if message or sleeper[0]:
-            self.connection.send_bytes(message)
-
-    def receive(self) -> Any:
-        while not (message := self.connection.recv_bytes()):
-            pass  # a ring that nobody waited for any more
-        return pickle.loads(message)
+    def publish(self, flag: int, bell: Any, message: bytes = b"") -> None:
+        self.flag[0] = flag
+        bell.release()  # 0.1 us where nobody sleeps
+        if message:
+            self.connection.send_bytes(message)  # last, so that one larger than the pipe finds its reader
 
     def next_request(self) -> tuple[str | None, tuple]:
-        """As a worker, wait until the parent asks for something; (None, ()) when it closes."""
+        """As a worker, wait until the parent asks for something; (None, ()) when it closes: a ring without a flag."""
         deadline = time.perf_counter() + SPIN_SECONDS
         while self.flag[0] not in REQUESTS and time.perf_counter() < deadline:
             _yield()
-        while self.flag[0] not in REQUESTS and not self.closing[0]:
-            self.worker_sleeps[0] = 1
-            with self.fence:
-                may_sleep = self.flag[0] not in REQUESTS
-            if may_sleep and self.connection.poll(BLOCK_SECONDS) and self.flag[0] != COMMAND:
-                self.connection.recv_bytes()
-            self.worker_sleeps[0] = 0
-        return self.receive() if self.flag[0] == COMMAND else ("step" if self.flag[0] == STEP else None, ())
+        self.worker_bell.acquire()
+        return self.connection.recv() if self.flag[0] == COMMAND else ("step" if self.flag[0] == STEP else None, ())
 
 
 _yield = getattr(os, "sched_yield", lambda: time.sleep(0))  # 0.6 us; on Linux, sleep(0) would take 50 to 90 us
 
 
-def _worker(control: Any, index: int, connection: Any, is_main: bool, inherited: list, env_fns: Any, *rest: Any):
+def _worker(is_main: bool, inherited: list, line_arguments: tuple, env_fns: Any, *rest: Any) -> None:
     """Serve the parent's requests until it closes or is gone."""
 
     def die_with_parent() -> None:
@@ -690,7 +674,7 @@ def _worker(control: Any, index: int, connection: Any, is_main: bool, inherited:
         with contextlib.suppress(ImportError):
             getattr(__import__(library), limits[library])(1)  # every worker has one core, not all of them
     random.seed(), np.random.seed()  # a fork starts with its parent's random state
-    line = _Line(control, index, connection)
+    line = _Line(*line_arguments)
     shard, name, arguments = _Shard(line.progress), "constructor", (env_fns.fn, *rest)
     with contextlib.suppress(EOFError, OSError), contextlib.closing(shard):  # an error: the parent closed its end
         while name:
@@ -701,7 +685,7 @@ def _worker(control: Any, index: int, connection: Any, is_main: bool, inherited:
                 message = pickle.dumps((None, reply)) if reply else b""
             except BaseException:  # SystemExit too: whatever an environment raises is the parent's to report
                 message = pickle.dumps((traceback.format_exc(), None))
-            line.publish(MESSAGE if message else DONE, line.parent_sleeps, message)
+            line.publish(MESSAGE if message else DONE, line.parent_bell, message)
             name, arguments = line.next_request()
 
 
@@ -710,9 +694,7 @@ def _shut_down(pid: int, lines: list[_Line], seconds: float = CLOSE_SECONDS) -> 
     if os.getpid() != pid:
         return  # this is a fork that inherited the vectorizer
     for line in lines:
-        line.closing[0] = 1
-        with contextlib.suppress(OSError):
-            line.connection.send_bytes(b"")
+        line.worker_bell.release()
         line.connection.close()
     for force, patience in ((None, seconds), ("terminate", 1.0), ("kill", 1.0)):
         running, deadline = [line.process for line in lines if line.process.is_alive()], time.perf_counter() + patience
@@ -746,76 +728,66 @@ class Multiprocessing(Serial):
         self._open(env_fns, num_workers, batch_size, zero_copy, infos)
 
     def _start(self, env_fns: Sequence[Callable], infos: str, path: str) -> list[tuple]:
-        control = self._context.RawArray("B", CACHE_LINE * self.num_workers)
-        is_fork = self._context.get_start_method() == "fork"
-        is_main = threading.current_thread() is threading.main_thread()
+        context, control = self._context, self._context.RawArray("B", CACHE_LINE * self.num_workers)
+        is_main, self._bell = threading.current_thread() is threading.main_thread(), context.Semaphore(0)
         for worker, first_env in enumerate(range(0, self.num_envs, self._per_worker)):
-            connection, child = self._context.Pipe()
-            inherited = [*[line.connection for line in self._lines], connection] if is_fork else []
-            own_fns = CloudpickleWrapper(env_fns[first_env : first_env + self._per_worker])
-            line = _Line(control, worker, connection)
+            connection, child = context.Pipe()
+            line = _Line(control, worker, connection, context.Semaphore(0), self._bell)
             line.flag[0] = COMMAND  # to construct its environments
-            arguments = (control, worker, child, is_main, inherited, own_fns, first_env, self.num_envs, path, infos)
-            line.process = self._context.Process(target=_worker, args=arguments, daemon=self._daemon)
+            self._lines.append(line)
+            inherited = [line.connection for line in self._lines] if context.get_start_method() == "fork" else []
+            own_fns = CloudpickleWrapper(env_fns[first_env : first_env + self._per_worker])
+            arguments = (is_main, inherited, (control, worker, child, line.worker_bell, self._bell), own_fns)
+            arguments += (first_env, self.num_envs, path, infos)
+            line.process = context.Process(target=_worker, args=arguments, daemon=self._daemon)
             line.process.start()
             child.close()
-            self._lines.append(line)
         self._busy = list(self._lines)
         self._wait()
         return [described for reply in self._replies for described in reply.fn]
 
     def _request(self, worker: int, name: str, *arguments: Any) -> None:
-        flag, message = (STEP, b"") if name == "step" else (COMMAND, pickle.dumps((name, arguments)))
-        self._busy.append(line := self._lines[worker])
+        message, line = b"" if name == "step" else pickle.dumps((name, arguments)), self._lines[worker]
+        self._busy.append(line)
         line.request = name
-        try:
-            line.publish(flag, line.worker_sleeps, message)
-        except OSError:
-            self._fail(line)
+        with contextlib.suppress(OSError):  # the worker is dead: `_wait` tells
+            line.publish(COMMAND if message else STEP, line.worker_bell, message)
 
     def _wait(self, needed: int = sys.maxsize, timeout: float | None = None) -> None:
         """Collect replies until so many groups are ready, or no worker is busy: yield for SPIN_SECONDS, then block."""
         start = spin_start = time.perf_counter()
+        end = start + (float("inf") if timeout is None else timeout)
         if start - self._looked > BLOCK_SECONDS:
-            self._look(0.0)  # one may have died that nobody waits for
-        while True:
-            for line in [line for line in self._busy if line.flag[0] not in REQUESTS]:
-                self._busy.remove(line)
-                try:
-                    failure, reply = line.receive() if line.flag[0] == MESSAGE else (None, ())
-                except (EOFError, OSError):
-                    self._fail(line)
-                if failure is not None:
-                    self._fail(line, failure)
-                self._finish(line.index, line.request, reply)
-                spin_start = time.perf_counter()  # where one has finished, others are not far
-            if not self._busy or len(self._ready) >= needed:
-                return
-            now = time.perf_counter()
-            waited = now - start
-            if timeout is not None and waited >= timeout:
-                raise TimeoutError(f"waited {waited:.3g} s for workers {[line.index for line in self._busy]}")
-            if now - spin_start < SPIN_SECONDS:
+            self._look()  # one may have died that nobody waits for
+        while self._busy and len(self._ready) < needed:
+            deadline = min(spin_start + SPIN_SECONDS, end)
+            while all(line.flag[0] in REQUESTS for line in self._busy) and time.perf_counter() < deadline:
                 _yield()
-            else:
-                self._look(BLOCK_SECONDS if timeout is None else min(timeout - waited, BLOCK_SECONDS))
+            left = end - time.perf_counter()
+            rang = self._bell.acquire(True, max(0.0, min(left, BLOCK_SECONDS)))
+            if line := next((line for line in self._busy if line.flag[0] not in REQUESTS), None):
+                self._busy.remove(line)
+                self._collect(line)
+                spin_start = time.perf_counter()  # where one has finished, others are not far
+            elif not rang:
+                self._look()
+                if left <= 0:
+                    raise TimeoutError(f"waited {timeout:.3g} s for workers {[line.index for line in self._busy]}")
 
-    def _look(self, seconds: float) -> None:
-        """Sleep until a busy worker rings (the last one, where all are needed) or any worker dies."""
-        awaited = self._busy if len(self._finished) > 1 else self._busy[-1:]
-        for line in awaited:
-            line.parent_sleeps[0] = 1
-        with self._lines[0].fence:
-            finished = any(line.flag[0] not in REQUESTS for line in self._busy)
-        handles = [line.connection for line in awaited] + [line.process.sentinel for line in self._lines]
-        rung, self._looked = wait(handles, 0 if finished else seconds), time.perf_counter()
-        for line in awaited:
-            line.parent_sleeps[0] = 0
-            if line.connection in rung and line.flag[0] != MESSAGE:  # a MESSAGE is received in `_wait`, last words too
-                with contextlib.suppress(EOFError, OSError):
-                    line.connection.recv_bytes()
+    def _collect(self, line: _Line) -> None:
+        try:
+            failure, reply = line.connection.recv() if line.flag[0] == MESSAGE else (None, ())
+        except (EOFError, OSError):
+            self._fail(line)
+        if failure is not None:
+            self._fail(line, failure)
+        self._finish(line.index, line.request, reply)
+
+    def _look(self) -> None:
+        """Raise a WorkerError if any worker is dead, and has left no message that says why."""
+        self._looked = time.perf_counter()
         for line in self._lines:
-            if line.process.sentinel in rung and line.flag[0] != MESSAGE:
+            if not line.process.is_alive() and line.flag[0] != MESSAGE:
                 self._fail(line)
 
     def _fail(self, line: _Line, cause: str | None = None) -> None:
