@@ -29,7 +29,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections import deque, namedtuple
+from collections import Counter, deque, namedtuple
 from collections.abc import Callable, Sequence
 from functools import partial, partialmethod
 from types import SimpleNamespace
@@ -308,23 +308,20 @@ class PettingZooPufferEnv:
         return self._rows.copy()
 
 
-class EpisodeStats(gymnasium.Wrapper):
+class EpisodeStats(gymnasium.wrappers.RecordEpisodeStatistics):
     """Empties infos but an episode's last, whose "episode" has return `r`, length `l`, seconds `t`, and infos' sums."""
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
         """Reset the environment and the sums; the info is empty."""
-        observation, _ = self.env.reset(seed=seed, options=options)
-        self._start, self._sums = time.perf_counter(), {}
-        return observation, {}
+        self._sums = Counter()
+        return super().reset(seed=seed, options=options)[0], {}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
         """Step the environment; the info is empty until the episode's last step."""
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        numbers = {key: value for key, value in info.items() if isinstance(value, (int, float, np.number, np.bool_))}
-        for key, value in (numbers | {"r": _scalar(reward), "l": 1}).items():
-            self._sums[key] = self._sums.get(key, 0) + value
-        episode = self._sums | {"t": time.perf_counter() - self._start}
-        return observation, reward, terminated, truncated, {"episode": episode} if terminated or truncated else {}
+        *result, info = super().step(action)
+        episode, numbers = info.pop("episode", {}), (int, float, np.number, np.bool_)
+        self._sums.update({key: value for key, value in info.items() if isinstance(value, numbers)})
+        return *result, {"episode": {**self._sums, **episode}} if episode else {}
 
 
 def _scalar(reward: Any) -> float:
