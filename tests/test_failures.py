@@ -1,5 +1,6 @@
 """What goes wrong in a worker is told quickly and in full, nothing is left behind, and idle processes keep quiet."""
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -48,9 +49,15 @@ def named_memory(pid):
     return {Path(line.split()[5]) for line in maps if "/dev/shm/" in line and not line.endswith("(deleted)")}
 
 
+scripts_started = []
+
+
 @pytest.fixture(autouse=True)
 def no_worker_is_left():
     yield
+    while scripts_started:  # whatever a failed test left running would slow down all that comes after it
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(scripts_started.pop().pid, signal.SIGKILL)
     assert multiprocessing.active_children() == []
 
 
@@ -283,6 +290,7 @@ def start_script(tmp_path, body, setup=COUNTERS, context="fork"):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     script = subprocess.Popen([sys.executable, path], cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    scripts_started.append(script)
     workers = [int(pid) for pid in script.stdout.readline().split()]
     assert len(workers) == 2, script.communicate(timeout=5)[1]
     return script, workers
