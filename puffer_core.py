@@ -148,7 +148,7 @@ class Layout:
         views = [memory[leaf.start : leaf.stop].view(leaf.bounds.dtype).reshape(leaf.shape) for leaf in leaves]
         known = [(view.shape, view.strides, view.dtype, leaf) for view, leaf in zip(views, leaves)]
         chunks = [part for leaf, end in zip(leaves, ends) for part in (b"", bytes(end - leaf.stop))]
-        arrays, target, (view, (shape, _, dtype, leaf)) = views, memory.data, (views[0], known[0])
+        arrays, target, vector = views, memory.data, row.data
 
         def write(sample: Any) -> np.ndarray:
             # Environments that refill the same arrays at every step, as NetHack does, need no second check: MiniHack's
@@ -165,12 +165,14 @@ class Layout:
             target[:] = b"".join(chunks)
             return row
 
-        def write_leaf(value: Any) -> np.ndarray:
-            fits = value.__class__ is ndarray and value.shape == shape and value.dtype is dtype
-            view[...] = value if fits else _cast(leaf, value)
+        def write_vector(value: Any) -> np.ndarray:
+            try:
+                vector[:] = value  # 0.15 us; compares shape and dtype itself
+            except (TypeError, ValueError):
+                vector[:] = _cast(leaves[0], value)
             return row
 
-        return write_leaf if self._build is next else write
+        return write_vector if self._build is next and row.ndim == 1 and leaves[0].shape == row.shape else write
 
     def unflatten(self, flat: Any) -> Any:
         """See flat rows `(*batch, *flat_space.shape)`, numpy or torch, as nested views `(*batch, *leaf.shape)`.
@@ -193,6 +195,7 @@ class ActionLayout:
 
     Discrete, MultiDiscrete and Box pass through. Nested Box leaves become one float Box, other leaves one MultiDiscrete
     that counts from 0, whatever their `start`. TypeError: a mix of both, or a leaf that has no fixed size, by its path.
+    `valid` is the range of a Discrete's actions, which need no unflattening, and empty for other spaces.
     """
 
     def __init__(self, space: spaces.Space):
@@ -202,7 +205,7 @@ class ActionLayout:
             raise TypeError(f"Box leaves (True) and others cannot be mixed in one flat action: {is_box}")
         low, high = np.concatenate([leaf.bounds for leaf in self._leaves], axis=1)
         self._ends, self._start = np.cumsum([leaf.bounds.shape[1] for leaf in self._leaves])[:-1], 0
-        self._valid = range(space.start, space.start + space.n) if isinstance(space, spaces.Discrete) else range(0)
+        self.valid = range(space.start, space.start + space.n) if isinstance(space, spaces.Discrete) else range(0)
         if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.Box)):
             self.flat_space = space
         elif all(is_box.values()):
@@ -213,13 +216,11 @@ class ActionLayout:
 
     def unflatten(self, flat: Any) -> Any:
         """Return a sample of the space, Box values clipped and rounded; ValueError: wrong shape, NaN, out of range."""
-        if flat.__class__ is int and flat in self._valid:  # takes 0.04 us
-            return flat
         values, is_box = np.asarray(flat), isinstance(self.flat_space, spaces.Box)
         fits = not np.isnan(values).any() if is_box else self.flat_space.contains(values)
         if values.shape != self.flat_space.shape or not fits:
             raise ValueError(f"expected an action in {self.flat_space}, got {flat}")
-        if self._valid:
+        if self.valid:
             return int(flat)
 
         def take(leaf: Leaf, part: np.ndarray) -> Any:
@@ -237,7 +238,8 @@ class ActionLayout:
 # ----------------------------------------------------------------------------------------------------------- adapters
 
 # Both adapters have `layout` and `action_layout`; flat `observation_space` and `action_space` of one agent (also under
-# `single_...`); `num_agents` rows; bool `masks`, False where the last call had nothing for an agent; `episode_over`.
+# `single_...`); `num_agents` rows; bool `masks`, False where the last call had nothing for an agent; `episode_over`. A
+# step is `decode`, then `play`, then `observation`, so that a vectorizer can take these apart: that saves it 0.2 us.
 
 
 class GymnasiumPufferEnv(gymnasium.ObservationWrapper):
@@ -249,7 +251,7 @@ class GymnasiumPufferEnv(gymnasium.ObservationWrapper):
         self.observation_space = self.single_observation_space = self.layout.flat_space
         self.action_space = self.single_action_space = self.action_layout.flat_space
         self.num_agents, self.masks, self.episode_over = 1, np.ones(1, bool), True
-        self.observation, self._unflatten, self._step = self.layout.flatten, self.action_layout.unflatten, env.step
+        self.decode, self.play, self.observation = self.action_layout.unflatten, env.step, self.layout.flatten
 
     def bind(self, observations: np.ndarray) -> None:
         """From now on, write every observation into the one row of `observations`, and return that row."""
@@ -257,9 +259,8 @@ class GymnasiumPufferEnv(gymnasium.ObservationWrapper):
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Step with a flat action; returns the flat observation, reward, terminated, truncated and info."""
-        observation, reward, terminated, truncated, info = self._step(self._unflatten(action))
-        self.episode_over, reward = terminated or truncated, reward if reward.__class__ is float else _scalar(reward)
-        return self.observation(observation), reward, terminated, truncated, info
+        observation, reward, *rest = self.play(self.decode(action))
+        return self.observation(observation), _scalar(reward), *rest
 
 
 class PettingZooPufferEnv:
@@ -291,13 +292,21 @@ class PettingZooPufferEnv:
 
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
         """Step with a flat action a row, ignored where its agent is not alive; returns rows, and infos by agent."""
-        agents, living, decode = self.possible_agents, set(self.env.agents), self.action_layout.unflatten
-        actions = {agent: decode(action) for agent, action in zip(agents, actions) if agent in living}
-        observations, *results, infos = self.env.step(actions)
-        self.episode_over = all(results[1].get(agent) or results[2].get(agent) for agent in self.env.agents)
-        pairs = zip((_scalar, bool, bool), results)
-        columns = [np.array([kind(result.get(agent, 0)) for agent in agents]) for kind, result in pairs]
-        return self.observation(observations), *columns, infos
+        observations, *rest = self.play(self.decode(actions))
+        return self.observation(observations), *rest
+
+    def decode(self, actions: Any) -> dict:
+        """Return the actions of the agents that are alive, by agent."""
+        living, pairs, decode = set(self.env.agents), zip(self.possible_agents, actions), self.action_layout.unflatten
+        return {agent: decode(action) for agent, action in pairs if agent in living}
+
+    def play(self, actions: dict) -> tuple:
+        """Step with actions by agent; returns observations by agent, columns of the rest, and infos by agent."""
+        observations, rewards, terminations, truncations, infos = self.env.step(actions)
+        self.episode_over = all(terminations.get(agent) or truncations.get(agent) for agent in self.env.agents)
+        pairs = (_scalar, rewards), (bool, terminations), (bool, truncations)
+        columns = [np.array([kind(column.get(agent, 0)) for agent in self.possible_agents]) for kind, column in pairs]
+        return observations, *columns, infos
 
     def observation(self, observations: dict) -> np.ndarray:
         """Flatten observations by agent into rows `(num_agents, *flat)`."""
@@ -376,7 +385,6 @@ class _Shard:
         self.rows = _map_rows(path, num_envs * count, env.single_observation_space, env.single_action_space, own)
         self.is_team, self.is_discrete = hasattr(env, "possible_agents"), isinstance(env.action_space, spaces.Discrete)
         self.slices = [slice(row, row + count) for row in range(0, len(self.envs) * count, count)]
-        self.turns = [(env.step, where if self.is_team else where.start) for env, where in zip(self.envs, self.slices)]
         return CloudpickleWrapper([(env.layout.space, env.action_layout.space, env.num_agents, env.metadata,
                                     getattr(env, "render_mode", None)) for env in self.envs])  # fmt: skip
 
@@ -384,6 +392,8 @@ class _Shard:
         self.rows.rewards[:], self.rows.terminations[:], self.rows.truncations[:] = 0, False, False
         for env, where in zip(self.envs, self.slices):
             env.bind(self.rows.observations[where])  # here, where all are known to be alike
+        places = self.slices if self.is_team else range(len(self.envs))
+        self.turns = [(env.play, env.decode, env.observation, where) for env, where in zip(self.envs, places)]
         return [said for index, seed in enumerate(seeds) for said in self._reset(index, seed, options).items()]
 
     def _reset(self, index: int, seed: int | None = None, options: dict | None = None) -> dict[int, dict]:
@@ -397,18 +407,20 @@ class _Shard:
         return {row: info for row, info in enumerate(infos, self.slices[index].start) if info}
 
     def step(self) -> list:
-        progress, rows, said = self.progress, self.rows, []
-        rewards, terminations, truncations = rows.rewards, rows.terminations, rows.truncations
-        terminations.fill(False)
-        truncations.fill(False)
+        rows, progress, rewards, said = self.rows, self.progress, self.rows.rewards.data, []
+        is_team, all_infos, known = self.is_team, self.all_infos, self.envs[0].action_layout.valid
+        rows.terminations.fill(False)
+        rows.truncations.fill(False)
         actions = rows.actions.tolist() if self.is_discrete else rows.actions
-        for index, (step, where) in enumerate(self.turns):
-            progress[0] = index
-            _, rewards[where], terminated, truncated, info = step(actions[where])
-            if self.is_team or terminated or truncated:
-                terminations[where], truncations[where] = terminated, truncated
+        for index, (play, decode, write, where) in enumerate(self.turns):
+            progress[0], action = index, actions[where]
+            observation, reward, terminated, truncated, info = play(action if action in known else decode(action))
+            write(observation)
+            rewards[where] = reward if is_team or reward.__class__ is float else _scalar(reward)
+            if is_team or terminated or truncated:
+                rows.terminations[where], rows.truncations[where] = terminated, truncated
                 said += self._tell(index, info)
-            elif info and self.all_infos:
+            elif info and all_infos:
                 said.append((index, info))
         return said
 
