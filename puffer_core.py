@@ -644,8 +644,9 @@ class _Line:
     def publish(self, flag: int, bell: Any, message: bytes = b"") -> None:
         self.flag[0] = flag
         bell.release()  # 0.1 us where nobody sleeps
-        if message:
-            self.connection.send_bytes(message)  # last, so that one larger than the pipe finds its reader
+        if message:  # last, so that one larger than the pipe finds its reader
+            with contextlib.suppress(OSError):  # the other side is dead or closed, which each notices elsewhere
+                self.connection.send_bytes(message)
 
     def next_request(self) -> tuple[str | None, tuple]:
         """As a worker, wait until the parent asks for something; (None, ()) when it closes: a ring without a flag."""
@@ -683,7 +684,7 @@ def _worker(is_main: bool, inherited: list, line_arguments: tuple, env_fns: Any,
     random.seed(), np.random.seed()  # a fork starts with its parent's random state
     line = _Line(*line_arguments)
     shard, name, arguments = _Shard(line.progress), "constructor", (env_fns.fn, *rest)
-    with contextlib.suppress(EOFError, OSError), contextlib.closing(shard):  # an error: the parent closed its end
+    with contextlib.suppress(EOFError), contextlib.closing(shard):  # an error: the parent closed its end
         while name:
             try:
                 if name == "reset" and arguments[0][0] is not None:  # for environments that use the global generators
@@ -757,29 +758,31 @@ class Multiprocessing(Serial):
         message, line = b"" if name == "step" else pickle.dumps((name, arguments)), self._lines[worker]
         self._busy.append(line)
         line.request = name
-        with contextlib.suppress(OSError):  # the worker is dead: `_wait` tells
-            line.publish(COMMAND if message else STEP, line.worker_bell, message)
+        line.publish(COMMAND if message else STEP, line.worker_bell, message)
 
     def _wait(self, needed: int = sys.maxsize, timeout: float | None = None) -> None:
         """Collect replies until so many groups are ready, or no worker is busy: yield for SPIN_SECONDS, then block."""
-        start = spin_start = time.perf_counter()
-        end = start + (float("inf") if timeout is None else timeout)
-        if start - self._looked > BLOCK_SECONDS:
+        now = start = spin_start = time.perf_counter()
+        if now - self._looked > BLOCK_SECONDS:
             self._look()  # one may have died that nobody waits for
-        while self._busy and len(self._ready) < needed:
-            deadline = min(spin_start + SPIN_SECONDS, end)
-            while all(line.flag[0] in REQUESTS for line in self._busy) and time.perf_counter() < deadline:
-                _yield()
-            left = end - time.perf_counter()
-            rang = self._bell.acquire(True, max(0.0, min(left, BLOCK_SECONDS)))
-            if line := next((line for line in self._busy if line.flag[0] not in REQUESTS), None):
+        while True:
+            for line in [line for line in self._busy if line.flag[0] not in REQUESTS]:
+                self._bell.acquire(True, BLOCK_SECONDS)  # its ring; if Ctrl-C swallowed that, not for ever
                 self._busy.remove(line)
                 self._collect(line)
-                spin_start = time.perf_counter()  # where one has finished, others are not far
-            elif not rang:
+                spin_start = now  # where one has finished, others are not far
+            if not self._busy or len(self._ready) >= needed:
+                return
+            now = time.perf_counter()
+            left = BLOCK_SECONDS if timeout is None else start + timeout - now
+            if left <= 0:
+                raise TimeoutError(f"waited {timeout:.3g} s for workers {[line.index for line in self._busy]}")
+            if now - spin_start < SPIN_SECONDS:
+                _yield()
+            elif self._bell.acquire(True, min(left, BLOCK_SECONDS)):
+                self._bell.release()  # for when the one that rang is collected
+            else:
                 self._look()
-                if left <= 0:
-                    raise TimeoutError(f"waited {timeout:.3g} s for workers {[line.index for line in self._busy]}")
 
     def _collect(self, line: _Line) -> None:
         try:
