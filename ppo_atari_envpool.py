@@ -177,7 +177,7 @@ if __name__ == "__main__":
     values = torch.zeros(steps, device=device)
 
     global_step = 0
-    scores = np.zeros(args.num_envs)
+    scores, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs)
     next_obs, _ = envs.reset()
     next_obs = torch.as_tensor(next_obs).to(device)
     next_done = torch.zeros(args.num_envs, device=device)
@@ -197,17 +197,21 @@ if __name__ == "__main__":
             actions[step], logprobs[step], values[step] = action, logprob, value.flatten()
 
             next_obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())
+            # EnvPool resets in the next step and ignores its action: no step to train on, so it is taken right here
+            games_over = infos["terminated"] | truncations  # not just lives
             ended = np.flatnonzero(terminations | truncations)
-            if ended.size:  # the next step only resets them and ignores its action: take it here, outside the rollout
-                next_obs[ended], *_ = envs.step(np.zeros_like(ended), ended)
+            while ended.size:
+                next_obs[ended], *_, resets = envs.step(np.zeros_like(ended), ended)
+                games_over[ended] |= resets["lives"] > infos["lives"][ended]  # a few end only while EnvPool resets
+                ended = ended[resets["terminated"] > 0]  # or as it finishes, so that it has to reset again
             next_obs = torch.as_tensor(next_obs).to(device)
             rewards[step] = torch.as_tensor(reward).to(device)
             next_done = torch.as_tensor(terminations | truncations).to(device).float()
 
-            scores += infos["reward"]  # not clipped
-            for idx in np.flatnonzero(infos["terminated"] | truncations):  # games that ended, not just a life
-                episodic_return, episodic_length = scores[idx], infos["elapsed_step"][idx]
-                scores[idx] = 0.0
+            scores, lengths = scores + infos["reward"], lengths + 1  # rewards before clipping
+            for idx in np.flatnonzero(games_over):
+                episodic_return, episodic_length = scores[idx], lengths[idx]
+                scores[idx], lengths[idx] = 0, 0
                 print(f"global_step={global_step}, episodic_return={episodic_return}")
                 writer.add_scalar("charts/episodic_return", episodic_return, global_step)
                 writer.add_scalar("charts/episodic_length", episodic_length, global_step)
