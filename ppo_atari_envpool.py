@@ -14,8 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 try:
     import envpool
-except ModuleNotFoundError:
-    raise SystemExit("EnvPool is missing: pip install '.[envpool]' here, or pip install envpool") from None
+except ImportError as error:
+    raise SystemExit(f"{error}: install the extra, pip install '.[envpool]'") from None
 
 
 @dataclass
@@ -132,8 +132,8 @@ if __name__ == "__main__":
         if not is_right:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}")
     try:
-        # Its frames look as AtariWrapper's do. Its lives differ: after each lost one too it waits for up to 30 frames,
-        # unseen and unscored, it stacks frames across them, and the skip that loses one goes on.
+        # Frames look as AtariWrapper's do. Lives differ: EnvPool waits after a lost one too, up to 30 frames, unseen
+        # and unscored, stacks frames across lives, and goes on with the frame skip that loses one.
         envs = envpool.make(
             args.env_id, "gymnasium", num_envs=args.num_envs, seed=args.seed, episodic_life=True, reward_clip=True
         )
@@ -198,7 +198,7 @@ if __name__ == "__main__":
 
             next_obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())
             # EnvPool resets in the next step and ignores its action: no step to train on, so it is taken right here
-            games_over = infos["terminated"] | truncations  # not just lives
+            games_over = infos["terminated"] | truncations  # not just a life
             ended = np.flatnonzero(terminations | truncations)
             while ended.size:
                 next_obs[ended], *_, resets = envs.step(np.zeros_like(ended), ended)

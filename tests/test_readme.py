@@ -31,3 +31,15 @@ def test_first_ready():
     assert "while True:" in BLOCKS[2]
     loop = BLOCKS[2].replace("while True:", "for _ in range(50):")  # the example never ends
     run(FIRST_READY + loop + "\nassert observations.shape == (4, 4) and len(set(agent_ids)) == 4\nenvs.close()")
+
+
+def test_your_own_gymnasium_environment():
+    lines = BLOCKS[3].partition('if __name__ == "__main__":\n')[2].splitlines()
+    assert len(lines) == 5  # as the heading says
+    run(BLOCKS[3] + "        assert observations['view'].shape == (8, 2) and observations['place'].shape == (8,)")
+
+
+def test_your_own_pettingzoo_environment():
+    lines = BLOCKS[4].partition('if __name__ == "__main__":\n')[2].splitlines()
+    assert len(lines) == 5
+    run(BLOCKS[4] + "        assert observations.shape == rows.shape == (24, 18)")

@@ -17,6 +17,7 @@ SCRIPTS = (
     "vanilla_ppo_atari.py",
     "ppo_atari.py",
     "large_ppo_atari.py",
+    "ppo_atari_envpool.py",
     "puffer_ppo_atari.py",
     "large_puffer_ppo_atari.py",
 )
