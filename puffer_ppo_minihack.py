@@ -120,7 +120,7 @@ class Agent(nn.Module):
         super().__init__()
         self.glyphs = nn.Embedding(nethack.MAX_GLYPH + 1, 8, padding_idx=nethack.GLYPH_CMAP_OFF)  # blank stays zero
         self.map = nn.Sequential(
-            layer_init(nn.Conv2d(8, 32, 5, stride=3)),
+            layer_init(nn.Conv2d(8, 32, 5, stride=3, padding=2)),
             nn.ReLU(),
             layer_init(nn.Conv2d(32, 32, 3, stride=2)),
             nn.ReLU(),
