@@ -19,6 +19,8 @@ TINY = (
     *("--num-envs", str(NUM_ENVS), "--num-steps", str(NUM_STEPS), "--total-timesteps", str(UPDATES * BATCH)),
     *("--num-minibatches", "2", "--update-epochs", "1", "--no-cuda"),
 )
+ROOM = ("--env-id", "MiniHack-Room-5x5-v0")  # a game takes at most 100 steps, one of River up to 350
+OWN_FLAGS = {"puffer_ppo_minihack.py": ROOM, "puffer_vec_ppo_minihack.py": (*ROOM, "--num-workers", "2")}
 
 
 class Run(NamedTuple):
@@ -61,4 +63,4 @@ def run(script: str, *flags: str, **variables: str) -> Run:
 @functools.cache
 def tiny_run(script: str) -> Run:
     """Once for all tests that look at it."""
-    return run(script, *TINY)
+    return run(script, *TINY, *OWN_FLAGS.get(script, ()))

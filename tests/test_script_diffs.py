@@ -22,11 +22,17 @@ RUNGS = (
     ("vanilla_ppo_atari.py", "ppo_atari_envpool.py", 45, 60),
     ("vanilla_ppo_atari.py", "puffer_ppo_atari.py", 3, 8),
     ("puffer_ppo_atari.py", "large_puffer_ppo_atari.py", 3, 3),
+    ("vanilla_ppo_atari.py", "ppo_minihack.py", 30, 45),
+    ("ppo_minihack.py", "puffer_ppo_minihack.py", 3, 7),
+    ("puffer_ppo_minihack.py", "puffer_vec_ppo_minihack.py", 4, 7),
 )
 SCRIPTS = sorted({script for base, variant, *_ in RUNGS for script in (base, variant)})
 ATARI_SCRIPTS = [script for script in SCRIPTS if script.endswith("ppo_atari.py")]
 ROOT_SCRIPT = "vanilla_ppo_atari.py"
-BASELINES = ("vanilla_ppo_atari.py", "ppo_atari.py", "large_ppo_atari.py", "ppo_atari_envpool.py")
+BASELINES = (
+    *("vanilla_ppo_atari.py", "ppo_atari.py", "large_ppo_atari.py", "ppo_atari_envpool.py"),
+    "ppo_minihack.py",
+)
 
 DEFINITIONS = ["Args", "make_env", "layer_init", "Agent"]
 OWN_ARGS = ("env_id", "num_envs", "num_workers")  # the arguments that a rung may change
@@ -127,6 +133,19 @@ def test_the_square_commutes():
 
     assert changes("ppo_atari.py", "large_ppo_atari.py") == changes("puffer_ppo_atari.py", "large_puffer_ppo_atari.py")
     assert changes("vanilla_ppo_atari.py", "large_ppo_atari.py")  # the comparison above is not one of nothing
+
+
+def test_vectorization_is_the_same_change_on_both_ladders():
+    def changed_lines(base, variant):
+        return [line for removed, added in hunks(base, variant)[1:] for line in removed + added]
+
+    def is_own(line):  # emulation brings the core in one rung, and where the layout lies depends on the vectorizer
+        return "layout" in line or line in ("", "import puffer_core")
+
+    atari = changed_lines("vanilla_ppo_atari.py", "puffer_ppo_atari.py")
+    minihack = changed_lines("puffer_ppo_minihack.py", "puffer_vec_ppo_minihack.py")
+    assert [line for line in minihack if not is_own(line)] == [line for line in atari if not is_own(line)]
+    assert any("Multiprocessing" in line for line in minihack)
 
 
 @each_script

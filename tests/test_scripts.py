@@ -20,6 +20,8 @@ SCRIPTS = (
     "ppo_atari_envpool.py",
     "puffer_ppo_atari.py",
     "large_puffer_ppo_atari.py",
+    "puffer_ppo_minihack.py",
+    "puffer_vec_ppo_minihack.py",
 )
 TAGS = {
     *("charts/episodic_return", "charts/episodic_length", "charts/learning_rate", "charts/SPS"),
@@ -37,7 +39,7 @@ def test_it_runs_prints_and_logs(script):
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.lines("SPS: ")) == UPDATES
-    assert re.fullmatch(r"global_step=\d+, episodic_return=\d+\.\d", done.lines("global_step=")[0])
+    assert re.fullmatch(r"global_step=\d+, episodic_return=-?\d+\.\d+", done.lines("global_step=")[0])
     events = done.events()
     assert set(events.Tags()["scalars"]) == TAGS
     assert events.Tags()["tensors"] == ["hyperparameters/text_summary"]
