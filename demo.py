@@ -18,8 +18,8 @@ import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,28 +30,26 @@ import torch
 import torch.nn.functional as F
 import tyro
 from gymnasium import spaces
-from rich.console import Group
-from rich.live import Live
-from rich.panel import Panel
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich import console, live, panel, progress_bar, table
 from torch import distributed, nn
 from torch.utils.tensorboard import SummaryWriter
 
 import puffer_core
 
+WORLD_SIZE, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # torchrun sets them
+
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
-    """Train an agent on any environment; look at one play; search hyperparameters; find the fastest way to step."""
+    """Train an agent on any environment; watch one play; search hyperparameters; find the fastest way to step."""
 
     mode: Literal["train", "eval", "sweep", "autotune"] = "train"  # train, play, search hyperparameters, measure speed
     env_id: str = "BreakoutNoFrameskip-v4"  # a Gymnasium id, pettingzoo:MODULE, or MODULE:FUNCTION that returns one
     seed: int = 1  # seed of the network, of the actions and (plus its index) of every environment
     total_timesteps: int | None = None  # agent steps of the whole run, over all environments and ranks
-    target_return: float | None = None  # stop as soon as the last 100 episodes have this mean return
+    target_return: float = float("inf")  # stop as soon as the last 100 episodes have this mean return
     exp_name: str = "demo"  # a part of the run's name
     resume: str | None = None  # checkpoint to go on with, or to play; its arguments hold where no flag is given
     quiet: bool = False  # print nothing but errors
@@ -75,8 +73,7 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     norm_adv: bool = True  # give the advantages of every minibatch mean 0 and deviation 1
-    norm_obs: bool | None = None  # give observations that are plain numbers mean 0 and deviation 1
-    norm_reward: bool | None = None  # divide rewards by the deviation of their discounted sum
+    reward_scale: float | None = None  # what rewards are multiplied by before the agent learns from them
 
     hidden_size: int | None = None  # width of the layer that actor and critic read
     use_lstm: bool = False  # give the agent a memory
@@ -96,55 +93,45 @@ class Args:
 # What holds where no flag is given, by the kind of environment; for images it is what puffer_ppo_atari.py has.
 COMMON = {
     **{"total_timesteps": 1_000_000, "num_envs": 8, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4},
-    **{"gamma": 0.99, "gae_lambda": 0.95, "clip_coef": 0.2, "ent_coef": 0.01, "hidden_size": 128},
-    **{"learning_rate": 1e-3, "norm_obs": False, "norm_reward": False},
+    **{"gamma": 0.99, "gae_lambda": 0.95, "clip_coef": 0.2, "ent_coef": 0.01, "learning_rate": 1e-3},
+    **{"hidden_size": 128, "reward_scale": 1.0},
 }
 PRESETS = {
     "images": {"total_timesteps": 10_000_000, "learning_rate": 2.5e-4, "clip_coef": 0.1, "hidden_size": 512},
     "nethack": {"hidden_size": 256},
-    "structures": {},
-    "numbers": {"learning_rate": 2.5e-3, "norm_obs": True},
-    "continuous": {"norm_obs": True, "norm_reward": True, "ent_coef": 0.0, "update_epochs": 10},
+    "continuous": {"ent_coef": 0.0, "update_epochs": 10, "reward_scale": 0.1},
+    "discrete": {"learning_rate": 2.5e-3},
 }
 
 
 def prepare(args: Args) -> list[str]:
     """Fill in what no flag says, and end with one line if something cannot be right; returns the names of choices."""
     try:
-        with puffer_core.Serial([lambda: make_env(args.env_id)]) as envs:
+        with puffer_core.Serial([partial(make_env, args.env_id)]) as envs:
             kind = kind_of(envs.layout.space, envs.single_action_space)
     except Exception as error:
         raise SystemExit(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
     chosen = {name: value for name, value in (COMMON | PRESETS[kind]).items() if getattr(args, name) is None}
     vars(args).update(chosen)
-    check(args)
-    if not args.quiet and rank() == 0:
-        print(f"{args.env_id} ({kind}):", " ".join(f"{name}={value}" for name, value in chosen.items()))
-    return list(chosen)
-
-
-def check(args: Args) -> None:
-    """End with one line that names the flag if an argument cannot be right."""
-    num_envs, batch, per_worker = args.num_envs, args.env_batch_size, args.num_envs // max(args.num_workers, 1)
-    update, is_async = num_envs * args.num_steps * world_size(), batch not in (0, num_envs)
+    envs, batch, per_worker = args.num_envs, args.env_batch_size, args.num_envs // max(args.num_workers, 1)
+    least, is_sync = envs * args.num_steps * WORLD_SIZE, batch in (0, envs)
     counts = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_size", "bptt_horizon")
     for name, is_right, expected in (
         *[(name, getattr(args, name) > 0, "at least 1") for name in (*counts, "eval_episodes", "sweep_trials")],
-        ("num_workers", args.num_workers >= 0 and num_envs % (args.num_workers or 1) == 0, "to divide --num-envs"),
-        ("env_batch_size", 0 <= batch <= num_envs, f"at most --num-envs {num_envs}"),
-        ("env_batch_size", not is_async or (args.num_workers and args.vec != "serial"), "--num-workers beside it"),
-        (
-            "env_batch_size",
-            not is_async or batch % per_worker == 0,
-            f"a multiple of a worker's {per_worker} environments",
-        ),
-        ("env_batch_size", not is_async or not args.zero_copy or num_envs % batch == 0, "to divide --num-envs"),
+        ("num_workers", args.num_workers >= 0 and envs % (args.num_workers or 1) == 0, "to divide --num-envs"),
+        ("env_batch_size", 0 <= batch <= envs, f"at most --num-envs {envs}"),
+        ("env_batch_size", is_sync or (args.num_workers and args.vec != "serial"), "--num-workers beside it"),
+        ("env_batch_size", is_sync or batch % per_worker == 0, f"a multiple of a worker's {per_worker} environments"),
+        ("env_batch_size", is_sync or not args.zero_copy or envs % batch == 0, "to divide --num-envs"),
         ("bptt_horizon", not args.use_lstm or args.num_steps % args.bptt_horizon == 0, "to divide --num-steps"),
-        ("total_timesteps", args.total_timesteps >= update, f"at least one update, {update}"),
+        ("total_timesteps", args.total_timesteps >= least, f"at least one update, {least}"),
         ("mode", args.mode != "eval" or args.resume, "--resume CHECKPOINT beside it"),
     ):
         if not is_right:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}")
+    if not args.quiet and RANK == 0:
+        print(f"{args.env_id} ({kind}):", " ".join(f"{name}={value}" for name, value in chosen.items()))
+    return list(chosen)
 
 
 # ------------------------------------------------------------------------------------------------------- environments
@@ -154,20 +141,16 @@ SCREEN_KEYS = ("tty_chars", "tty_colors", "tty_cursor")
 
 
 class NetHack(gym.Wrapper):
-    """NetHack, seeded as other environments are, that renders its terminal as text."""
+    """NetHack, seeded as other environments are (NLE itself would ask the clock), that renders its terminal as text."""
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
-        """Draw the game's two seeds, which NLE itself would leave to the clock."""
         gym.Env.reset(self.unwrapped, seed=seed)
         self.unwrapped.seed(*self.np_random.integers(2**63, size=2).tolist())
         return self.env.reset(options=options)
 
     def render(self) -> str:
-        """Return the terminal's screen with its colors, as escape codes."""
-        from nle.nethack import tty_render
-
         keys, screen = self.unwrapped._observation_keys, self.unwrapped.last_observation
-        return tty_render(*[screen[keys.index(key)] for key in SCREEN_KEYS])
+        return sys.modules["nle.nethack"].tty_render(*[screen[keys.index(key)] for key in SCREEN_KEYS])
 
 
 def make_env(env_id: str, render: bool = False) -> Any:
@@ -195,25 +178,11 @@ def make_env(env_id: str, render: bool = False) -> Any:
 
 
 def make_envs(args: Args) -> Any:
-    """Return the vectorizer that the arguments ask for."""
-    env_fns = [lambda: make_env(args.env_id, render=args.mode == "eval")] * args.num_envs
+    env_fns = [partial(make_env, args.env_id, render=args.mode == "eval")] * args.num_envs
     if args.vec == "serial":
         return puffer_core.Serial(env_fns, zero_copy=args.zero_copy)
     sizes = {"num_workers": args.num_workers or None, "batch_size": args.env_batch_size or None}
     return puffer_core.Multiprocessing(env_fns, zero_copy=args.zero_copy, **sizes)
-
-
-def is_image(space: spaces.Space) -> bool:
-    """Tell pictures, with the channels first or last, from other arrays."""
-    is_cube = isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
-    return is_cube and sorted(space.shape)[1] >= 36  # the least that the convolutions can see
-
-
-def is_numbers(space: spaces.Space) -> bool:
-    """Tell whether there are floats only, so that the flat row can be read as it is."""
-    if isinstance(space, (spaces.Dict, spaces.Tuple)):
-        return all(is_numbers(leaf) for leaf, _ in leaves_of(space))
-    return isinstance(space, spaces.Box) and space.dtype.kind == "f"
 
 
 def leaves_of(space: spaces.Space, value: Any = None) -> Iterator[tuple[spaces.Space, Any]]:
@@ -225,79 +194,75 @@ def leaves_of(space: spaces.Space, value: Any = None) -> Iterator[tuple[spaces.S
         yield space, value
 
 
+def is_image(space: spaces.Space) -> bool:
+    """Tell pictures that are large enough for the convolutions, channels first or last, from other arrays."""
+    is_bytes = isinstance(space, spaces.Box) and space.dtype == np.uint8
+    return is_bytes and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
+
+
 def kind_of(space: spaces.Space, action_space: spaces.Space) -> str:
     """Name the kind of an environment, one of PRESETS."""
     if is_image(space):
         return "images"
     if isinstance(space, spaces.Dict) and set(NETHACK_KEYS) <= set(space):
         return "nethack"
-    if isinstance(action_space, spaces.Box):
-        return "continuous"
-    return "numbers" if is_numbers(space) else "structures"
+    return "continuous" if isinstance(action_space, spaces.Box) else "discrete"
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
 
 
-def convolutions(*layers: tuple[int, int, int]) -> list[nn.Module]:
-    """Return convolutions of so many channels, kernel size and stride."""
-    pairs = [(nn.LazyConv2d(*layer), nn.ReLU()) for layer in layers]
-    return [module for pair in pairs for module in pair] + [nn.Flatten()]
-
-
-class Pixels(nn.Module):
-    """Brings pictures, or stacks of them, into the form and range that convolutions read fastest."""
-
-    def __init__(self, space: spaces.Box):
-        super().__init__()
-        self.order = (0, 3, 1, 2) if space.shape[2] < space.shape[0] else (0, 1, 2, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.permute(self.order).to(torch.float32, memory_format=torch.channels_last) * (1 / 255.0)
-
-
-class Numbers(nn.Module):
-    """Turns any other leaf into a row of numbers: categories one-hot, bytes from 0 to 1, integers near 1."""
-
-    def __init__(self, space: spaces.Space):
-        super().__init__()
-        sizes = {spaces.Discrete: "n", spaces.MultiDiscrete: "nvec"}.get(type(space))
-        self.space, self.sizes = space, [int(size) for size in np.ravel(getattr(space, sizes))] if sizes else []
-        self.register_buffer("start", torch.as_tensor(np.ravel(getattr(space, "start", 0))))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.flatten(1) if x.dim() > 1 else x[:, None]
-        if self.sizes:  # the rows of absent agents are zero, which may be no category
-            columns = (x.long() - self.start).clamp(min=0).unbind(1)
-            return torch.cat([F.one_hot(column, size) for column, size in zip(columns, self.sizes)], dim=1).float()
-        return x.float() if is_numbers(self.space) else x / 255.0 if self.space.dtype == np.uint8 else symlog(x)
-
-
-class Summed(nn.Module):
-    """Reads any structure: every leaf has an encoder, and what they say is summed up."""
+class Leaf(nn.Module):
+    """Reads pictures by the convolutions of Mnih et al. 2015; categories one-hot, bytes from 0 to 1, others near 1."""
 
     def __init__(self, space: spaces.Space, width: int):
         super().__init__()
-        leaves = [leaf for leaf, _ in leaves_of(space)]
-        make = [nature_cnn(leaf) if is_image(leaf) else [Numbers(leaf)] for leaf in leaves]
-        self.space, self.encoders = space, nn.ModuleList([nn.Sequential(*one, nn.LazyLinear(width)) for one in make])
+        sizes = getattr(space, "nvec", getattr(space, "n", ())) if not isinstance(space, spaces.MultiBinary) else ()
+        self.space, self.sizes, self.is_image = space, [int(size) for size in np.ravel(sizes)], is_image(space)
+        self.order = (0, 3, 1, 2) if self.is_image and space.shape[2] < space.shape[0] else (0, 1, 2, 3)
+        self.register_buffer("start", torch.as_tensor(np.ravel(getattr(space, "start", 0))))
+        first = convolutions((32, 8, 4), (64, 4, 2), (64, 3, 1)) if self.is_image else nn.Flatten()
+        self.network = nn.Sequential(first, nn.LazyLinear(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.is_image:
+            return self.network(x.permute(self.order).to(torch.float32, memory_format=torch.channels_last) * (1 / 255.0))
+        if self.sizes:  # the rows of absent agents are zero, which may be no category
+            columns = (x.reshape(len(x), -1).long() - self.start).clamp(min=0).unbind(1)
+            parts = [F.one_hot(column, size) for column, size in zip(columns, self.sizes)]
+            return self.network(torch.cat(parts, dim=1).float())
+        return self.network((x / 255.0 if self.space.dtype == np.uint8 else symlog(x)).reshape(len(x), -1))
+
+
+class Leaves(nn.Module):
+    """Reads any structure: what its leaves say is summed up."""
+
+    def __init__(self, space: spaces.Space, width: int):
+        super().__init__()
+        self.space, self.leaves = space, nn.ModuleList(Leaf(leaf, width) for leaf, _ in leaves_of(space))
 
     def forward(self, x: Any) -> torch.Tensor:
-        return sum(encode(leaf) for encode, (_, leaf) in zip(self.encoders, leaves_of(self.space, x)))
+        return sum(read(leaf) for read, (_, leaf) in zip(self.leaves, leaves_of(self.space, x)))
 
 
 class NetHackNet(nn.Module):
     """Reads NetHack's map of glyphs, its numbers and its message."""
 
-    def __init__(self, space: spaces.Dict):
+    def __init__(self, space: spaces.Dict, width: int):
         super().__init__()
         self.glyphs = nn.Embedding(int(space["glyphs"].high.max()) + 1, 8)
-        self.map = nn.Sequential(*convolutions((16, 3, 2), (32, 3, 2)))
-        self.message = nn.EmbeddingBag(256, 16)
+        self.map, self.message = convolutions((16, 3, 2), (32, 3, 2)), nn.EmbeddingBag(256, 16)
+        self.last = nn.LazyLinear(width)
 
     def forward(self, x: dict[str, torch.Tensor]) -> torch.Tensor:
         seen = self.map(self.glyphs(x["glyphs"].int()).permute(0, 3, 1, 2))
-        return torch.cat([seen, symlog(x["blstats"]), self.message(x["message"].int())], dim=1)
+        return self.last(torch.cat([seen, symlog(x["blstats"]), self.message(x["message"].int())], dim=1))
+
+
+def convolutions(*layers: tuple[int, int, int]) -> nn.Sequential:
+    """Return convolutions of so many channels, kernel size and stride."""
+    pairs = [(nn.LazyConv2d(*layer), nn.ReLU()) for layer in layers]
+    return nn.Sequential(*[module for pair in pairs for module in pair], nn.Flatten())
 
 
 def symlog(x: torch.Tensor) -> torch.Tensor:
@@ -305,60 +270,29 @@ def symlog(x: torch.Tensor) -> torch.Tensor:
     return x.sign() * x.float().abs().log1p()
 
 
-def nature_cnn(space: spaces.Box) -> list[nn.Module]:
-    """Return the convolutions of Mnih et al. 2015."""
-    return [Pixels(space), *convolutions((32, 8, 4), (64, 4, 2), (64, 3, 1))]
-
-
-def make_encoder(layout: puffer_core.Layout, kind: str, width: int) -> nn.Module:
-    """Return the network that fits the observations: it makes `(batch, width)` of them."""
-    if kind == "nethack":
-        return nn.Sequential(NetHackNet(layout.space), nn.LazyLinear(width), nn.ReLU())
-    if is_image(layout.space):
-        return nn.Sequential(*nature_cnn(layout.space), nn.LazyLinear(width), nn.ReLU())
-    first = nn.LazyLinear(width) if is_numbers(layout.space) else Summed(layout.space, width)
-    return nn.Sequential(first, nn.Tanh(), nn.Linear(width, width), nn.Tanh())
-
-
-class Moments(nn.Module):
-    """Mean and deviation of all rows that were ever seen, on all ranks."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.register_buffer("sums", torch.zeros(3, size, dtype=torch.float64))  # of 1, x and x squared
-
-    def update(self, rows: torch.Tensor) -> None:
-        """Count rows in."""
-        rows = rows.double()
-        self.sums += reduce_sum(torch.stack([torch.ones_like(rows).sum(0), rows.sum(0), rows.square().sum(0)]))
-
-    def mean_and_deviation(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return them, 0 and 1 as long as nothing was seen."""
-        count, mean = self.sums[0], self.sums[1] / self.sums[0].clamp(min=1)
-        variance = (self.sums[2] / count.clamp(min=1) - mean.square()).clamp(min=1e-8)
-        return mean.float(), torch.where(count > 1, variance, 1.0).sqrt().float()
-
-
 class Policy(nn.Module):
-    """Actor and critic, with or without a memory, over the encoder that fits the observations."""
+    """Actor and critic, with or without a memory, over the network that fits the observations."""
 
     def __init__(self, layout: puffer_core.Layout, action_space: spaces.Space, args: Args):
         super().__init__()
-        self.layout, self.action_space, self.reads_rows = layout, action_space, is_numbers(layout.space)
-        width, size = args.hidden_size, int(np.prod(layout.flat_space.shape))
-        self.encoder = make_encoder(layout, kind_of(layout.space, action_space), width)
-        self.observed = Moments(size) if args.norm_obs and self.reads_rows else None
-        self.returned = Moments(1) if args.norm_reward else None
+        self.layout, self.action_space, width = layout, action_space, args.hidden_size
+        flat, kind = layout.flat_space, kind_of(layout.space, action_space)
+        # A row that has floats only is read as one leaf
+        self.is_flat = all(isinstance(leaf, spaces.Box) and leaf.dtype.kind == "f" for leaf, _ in leaves_of(layout.space))
+        first = (NetHackNet if kind == "nethack" else Leaves)(flat if self.is_flat else layout.space, width)
+        rest = [nn.ReLU()] if kind in ("images", "nethack") else [nn.Tanh(), nn.Linear(width, width), nn.Tanh()]
+        self.encoder = nn.Sequential(first, *rest)
         self.memory = nn.LSTMCell(width, width) if args.use_lstm else None
-        if is_continuous := isinstance(action_space, spaces.Box):  # -1 and 1 are the bounds, where there are any
+        if isinstance(action_space, spaces.Box):  # -1 and 1 are the bounds, where there are any
             low, high = action_space.low.ravel(), action_space.high.ravel()
             is_bounded = np.isfinite(low) & np.isfinite(high)
             self.center, self.radius = np.where(is_bounded, [(high + low) / 2, (high - low) / 2], [[0.0], [1.0]])
-            self.log_std = nn.Parameter(torch.zeros(len(low)))
-        sizes = np.ravel(getattr(action_space, "nvec", getattr(action_space, "n", np.prod(action_space.shape))))
-        self.sizes, self.is_continuous = sizes.tolist(), is_continuous
+            self.log_std, self.sizes = nn.Parameter(torch.zeros(len(low))), [len(low)]
+        else:  # one choice or several, each from a handful
+            self.log_std, sizes = None, getattr(action_space, "nvec", getattr(action_space, "n", None))
+            self.sizes = np.ravel(sizes).tolist()
         self.actor, self.critic, self.is_bf16 = nn.Linear(width, sum(self.sizes)), nn.Linear(width, 1), False
-        nothing = torch.zeros(1, 1, *layout.flat_space.shape, dtype=getattr(torch, layout.flat_space.dtype.name))
+        nothing = torch.zeros(1, 1, *flat.shape, dtype=getattr(torch, flat.dtype.name))
         self(nothing, torch.zeros(1, 2 * width), torch.zeros(1, 1, dtype=torch.bool))  # gives lazy layers their sizes
         gains = {self.actor: 0.01, self.critic: 1.0}
         for layer in self.modules():
@@ -374,27 +308,21 @@ class Policy(nn.Module):
         Returns actions `(batch, time, parts)`, sampled if none are given; their log-probabilities, entropies and values
         `(batch, time)`; and the last state `(batch, 2 * width)`.
         """
-        time_steps, rows = x.shape[1], x.flatten(0, 1)
-        if self.observed:
-            mean, deviation = self.observed.mean_and_deviation()
-            rows = ((rows.flatten(1) - mean) / deviation).clamp(-10, 10)
+        rows, num_steps = x.flatten(0, 1), x.shape[1]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_bf16):
-            hidden = self.encoder(rows.flatten(1).float() if self.reads_rows else self.layout.unflatten(rows))
-            hidden = hidden.unflatten(0, (-1, time_steps))
-            if self.memory:
-                outputs = []
-                for step in range(time_steps):
-                    state = state.masked_fill(starts[:, step, None], 0.0)
-                    output, cell = self.memory(hidden[:, step], state.chunk(2, dim=1))
-                    state = torch.cat([output, cell], dim=1).float()
-                    outputs.append(output)
-                hidden = torch.stack(outputs, dim=1)
-        hidden = hidden.float()
+            rows = rows if self.is_flat else self.layout.unflatten(rows)
+            hidden, outputs = self.encoder(rows).unflatten(0, (-1, num_steps)), []
+            for step in range(num_steps) if self.memory else ():
+                state = state.masked_fill(starts[:, step, None], 0.0)
+                output, cell = self.memory(hidden[:, step], state.chunk(2, dim=1))
+                state = torch.cat([output, cell], dim=1).float()
+                outputs.append(output)
+        hidden = (torch.stack(outputs, dim=1) if self.memory else hidden).float()
         return (*self.act(self.actor(hidden), actions), self.critic(hidden)[..., 0], state)
 
     def act(self, parameters: torch.Tensor, actions: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Return actions, their log-probabilities and the entropies of the policy that the parameters describe."""
-        if self.is_continuous:
+        if self.log_std is not None:
             normal = torch.distributions.Normal(parameters, self.log_std.exp(), validate_args=False)
             actions = normal.sample() if actions is None else actions
             return actions, normal.log_prob(actions).sum(-1), normal.entropy().sum(-1)
@@ -407,8 +335,7 @@ class Policy(nn.Module):
 
     def for_envs(self, actions: torch.Tensor) -> np.ndarray:
         """Turn actions `(batch, parts)` into those that the environments take."""
-        values = actions.cpu().numpy()
-        values = self.center + self.radius * values if self.is_continuous else values
+        values = actions.cpu().numpy() if self.log_std is None else self.center + self.radius * actions.cpu().numpy()
         shaped = values.reshape(len(values), *self.action_space.shape) + getattr(self.action_space, "start", 0)
         return shaped.astype(self.action_space.dtype)
 
@@ -417,21 +344,18 @@ class Policy(nn.Module):
 
 
 class Experience:
-    """Transitions by agent row: whoever comes when, each row has a time line of its own.
+    """Transitions by agent row: whoever comes when, each row has a time line of its own, in segments of `num_steps`.
 
-    A row's line is cut into segments of `num_steps`. An update takes the oldest complete segment of every row, so that
-    what it learns from does not depend on the order in which environments were ready; a row that is quicker than others
-    begins its next segment meanwhile. Where one has no place left, the update takes the segments that are complete, and
-    the slower rows' are in a later one. So nothing is lost, and no row is in an update twice.
-
-    Tensors lie on the device and are flat, `(num_rows * num_slots, ...)`; what this process needs is numpy's.
+    An update takes the oldest complete segment of every row, so that what it learns from does not depend on the order
+    in which environments were ready; quicker rows begin their next segments meanwhile. Once one has no place left, the
+    update takes the segments that are complete, and slower rows' are in a later one: nothing is lost or counts twice.
     """
 
     def __init__(self, num_rows: int, args: Args, policy: Policy, device: torch.device, is_async: bool):
         self.num_steps, self.num_slots = args.num_steps, args.num_steps * (1 + is_async)
         self.horizon, count = args.bptt_horizon if args.use_lstm else 1, num_rows * self.num_slots
-        flat, parts = policy.layout.flat_space, sum(policy.sizes) if policy.is_continuous else len(policy.sizes)
-        dtype, action_dtype = getattr(torch, flat.dtype.name), torch.float32 if policy.is_continuous else torch.int64
+        flat, parts = policy.layout.flat_space, sum(policy.sizes) if policy.log_std is not None else len(policy.sizes)
+        dtype, action_dtype = getattr(torch, flat.dtype.name), torch.float32 if policy.log_std is not None else torch.int64
         self.observations = torch.zeros(count, *flat.shape, dtype=dtype, device=device)
         self.actions = torch.zeros(count, parts, dtype=action_dtype, device=device)
         numbers = torch.zeros(5, count, device=device)
@@ -481,29 +405,11 @@ def estimate_advantages(rewards, values, next_values, terminated, ended, valid, 
 # -------------------------------------------------------------------------------------------------------- the trainer
 
 
-def world_size() -> int:
-    """Return how many ranks torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def rank() -> int:
-    """Return which of them this one is."""
-    return int(os.environ.get("RANK", 0))
-
-
 def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over all ranks, in place."""
     if distributed.is_initialized():
         distributed.all_reduce(tensor)
     return tensor
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Tell whether the hardware computes with bf16; where it does not, bf16 takes ten times as long as fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = Path("/proc/cpuinfo")
-    return cpu.exists() and any(flag in cpu.read_text() for flag in ("amx_bf16", "avx512_bf16"))
 
 
 class Inbox:
@@ -541,15 +447,19 @@ class Trainer:
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(args.seed)  # all ranks begin with the same weights
         self.envs = envs = make_envs(args)
-        self.num_iterations = args.total_timesteps // (envs.num_agents * args.num_steps * world_size())
-        args.precision = args.precision.replace("auto", "bf16" if has_bf16(self.device) else "fp32")
+        self.num_iterations = args.total_timesteps // (envs.num_agents * args.num_steps * WORLD_SIZE)
+        if args.precision == "auto":  # a CPU without these instructions takes ten times as long as with fp32
+            cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+            has_bf16 = self.device.type == "cuda" or "amx_bf16" in cpu or "avx512_bf16" in cpu
+            args.precision = "bf16" if has_bf16 else "fp32"
         self.policy = Policy(envs.layout, envs.single_action_space, args).to(self.device)
         self.model = torch.compile(self.policy) if args.compile else self.policy
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.learning_rate, eps=1e-5)
+        self.made_for = f"observations {envs.layout.space} and actions {envs.single_action_space}"
         is_async = envs.agents_per_batch < envs.num_agents
         self.experience = Experience(envs.num_agents, args, self.policy, self.device, is_async)
         self.inbox = Inbox(envs.agents_per_batch, envs.single_observation_space, self.device)
-        torch.manual_seed(args.seed + rank())  # and draw other actions
+        torch.manual_seed(args.seed + RANK)  # and draw other actions
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
@@ -563,17 +473,15 @@ class Trainer:
         count = self.envs.num_agents
         self.state = torch.zeros(count, 2 * self.args.hidden_size, device=self.device) if self.args.use_lstm else None
         self.alive, self.team_sums = np.zeros(count, bool), np.zeros((2, count))
-        self.envs.async_reset(self.args.seed + rank() * self.args.num_envs + self.global_step)
+        self.envs.async_reset(self.args.seed + RANK * self.args.num_envs + self.global_step)
         self.receive()
 
     def collect(self) -> bool:
         """Step environments until an update is due; returns False if asked to stop before."""
-        while not (self.stopping and world_size() == 1):
+        while not (is_due := self.experience.is_due(self.rows)) and not (self.stopping and WORLD_SIZE == 1):
             self.act()
             self.receive()
-            if self.experience.is_due(self.rows):
-                return True
-        return False
+        return is_due
 
     def receive(self) -> None:
         """Take the next batch: it completes its rows' last transitions, and brings their next observations."""
@@ -586,11 +494,9 @@ class Trainer:
             goes_on = ~ended | batch.infos.get("_final_obs", np.zeros_like(ended))
             starts, self.alive[self.rows] = ended | ~self.alive[self.rows], batch.masks & goes_on
             index, previous = (first + (experience.begun[self.rows] - back) % experience.num_slots for back in (0, 1))
-            self.inbox.move(
-                rows=self.rows, index=index, previous=previous, starts=starts, observations=batch.observations
-            )
+            self.inbox.move(rows=self.rows, index=index, previous=previous, starts=starts, observations=batch.observations)
             self.bootstraps = self.bootstrap(batch, ended & goes_on & ~batch.terminations)
-        self.global_step += len(self.rows) * world_size()
+        self.global_step += len(self.rows) * WORLD_SIZE
         for episode in self.finished_episodes(batch):
             self.returns.append(episode.pop("r"))
             self.num_episodes, self.episode = self.num_episodes + 1, episode
@@ -651,23 +557,12 @@ class Trainer:
         packed = np.stack([field.reshape(-1)[where] for field in fields]).astype(np.float32)  # one copy again
         index, (rewards, *flags) = (torch.as_tensor(array, device=self.device) for array in (where, packed))
         terminated, ended, valid = (flag.bool() for flag in flags)
-        if self.policy.returned:
-            rewards = self.scaled(rewards, ended, valid)
         values, next_values = experience.values[index], experience.next_values[index]
-        steps = (rewards, values, next_values, terminated, ended, valid)
+        steps = (rewards * self.args.reward_scale, values, next_values, terminated, ended, valid)
         advantages = estimate_advantages(*steps, self.args.gamma, self.args.gae_lambda)
         experience.advantages[index], experience.returns[index] = advantages, advantages + values
         experience.trainable[index] = valid
         return index
-
-    def scaled(self, rewards: torch.Tensor, ended: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Divide rewards by the deviation of their discounted sums, which are taken within segments."""
-        rewards, total, totals = rewards.masked_fill(~valid, 0.0), 0.0, []
-        for step in range(rewards.shape[1]):
-            totals.append(self.args.gamma * total + rewards[:, step])
-            total = totals[-1].masked_fill(ended[:, step], 0.0)
-        self.policy.returned.update(torch.stack(totals, dim=1)[valid][:, None])
-        return rewards / self.policy.returned.mean_and_deviation()[1]
 
     def update(self) -> None:
         """Learn from the segments that are complete."""
@@ -684,8 +579,6 @@ class Trainer:
                 for chosen in torch.randperm(len(sequences)).tensor_split(args.num_minibatches):
                     sums += self.learn(sequences[chosen.to(self.device)], has_gaps)
             index = index[experience.trainable[index]]
-            if self.policy.observed:  # now, so that a segment is seen as the policy saw it
-                self.policy.observed.update(experience.observations[index].flatten(1))
             returns, values = experience.returns[index], experience.values[index]
             explained = 1 - (returns - values).var() / returns.var()
             means = [*(sums / (args.update_epochs * args.num_minibatches)).tolist(), explained.item()]
@@ -703,9 +596,7 @@ class Trainer:
         _, newlogprob, entropy, newvalue, _ = self.model(observations, state, experience.starts[index], actions)
         parts = (index, newlogprob, entropy, newvalue)
         index, newlogprob, entropy, newvalue = (part[kept] if has_gaps else part.flatten() for part in parts)
-        advantages, returns, values = (
-            part[index] for part in (experience.advantages, experience.returns, experience.values)
-        )
+        advantages, returns, values = (part[index] for part in (experience.advantages, experience.returns, experience.values))
 
         # Statistics and means are those of the minibatches of all ranks together
         sums = torch.stack([torch.ones_like(advantages), advantages, advantages.square()]).double().sum(1)
@@ -747,7 +638,7 @@ def save(trainer: Trainer, path: Path) -> None:
     if trainer.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state()
     contents = {
-        **{"args": vars(trainer.args), "spaces": spaces_of(trainer), "rng": rng, "returns": list(trainer.returns)},
+        **{"args": vars(trainer.args), "spaces": trainer.made_for, "rng": rng, "returns": list(trainer.returns)},
         **{"policy": trainer.policy.state_dict(), "optimizer": trainer.optimizer.state_dict()},
         **{name: getattr(trainer, name) for name in ("iteration", "global_step", "num_episodes")},
     }
@@ -756,11 +647,6 @@ def save(trainer: Trainer, path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)
-
-
-def spaces_of(trainer: Trainer) -> str:
-    """Describe what a policy was made for."""
-    return f"observations {trainer.envs.layout.space} and actions {trainer.envs.single_action_space}"
 
 
 def load(path: str) -> dict[str, Any]:
@@ -776,14 +662,14 @@ def load(path: str) -> dict[str, Any]:
 
 def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
     """Go on from a checkpoint; ends with one line if it is of another network or environment."""
-    args, made_for, here = trainer.args, contents["spaces"], spaces_of(trainer)
+    args, made_for, here = trainer.args, contents["spaces"], trainer.made_for
     if made_for != here:
         raise SystemExit(f"--resume {args.resume}: expected a checkpoint for {here}, this one is for {made_for}")
     try:
         trainer.policy.load_state_dict(contents["policy"])
         trainer.optimizer.load_state_dict(contents["optimizer"])
     except (RuntimeError, ValueError) as error:
-        flags = ("use_lstm", "hidden_size", "norm_obs", "norm_reward")
+        flags = ("use_lstm", "hidden_size", "env_id")
         saved = " ".join(f"{name}={contents['args'][name]}" for name in flags)
         reason = " ".join(str(error).split())[:100]
         raise SystemExit(f"--resume {args.resume}: expected the network of {saved} ({reason})") from None
@@ -794,9 +680,7 @@ def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
     name, numbers, *rest = rng["numpy"]
     np.random.set_state((name, np.array(numbers, np.uint32), *rest))
     random.setstate(rng["python"])
-    torch.set_rng_state(rng["torch"]) if world_size() == 1 else torch.manual_seed(
-        args.seed + rank() + trainer.global_step
-    )
+    torch.set_rng_state(rng["torch"]) if WORLD_SIZE == 1 else torch.manual_seed(args.seed + RANK + trainer.global_step)
     if trainer.device.type == "cuda" and "cuda" in rng:
         torch.cuda.set_rng_state(rng["cuda"])
 
@@ -817,13 +701,13 @@ class Dashboard:
     def __init__(self, trainer: Trainer, folder: Path):
         self.trainer, self.args, self.live, self.speeds, self.trend = trainer, trainer.args, None, [], []
         self.start = self.last = time.perf_counter()
-        self.total = trainer.num_iterations * trainer.envs.num_agents * self.args.num_steps * world_size()
+        self.total = trainer.num_iterations * trainer.envs.num_agents * self.args.num_steps * WORLD_SIZE
         self.first_step = self.last_step = trainer.global_step
-        self.printed, self.is_shown = 0.0, rank() == 0 and not self.args.quiet
-        self.writer = log_writer(self.args, folder) if rank() == 0 else None
+        self.printed, self.is_shown = 0.0, RANK == 0 and not self.args.quiet
+        self.writer = log_writer(self.args, folder) if RANK == 0 else None
         psutil.cpu_percent()
         if self.is_shown and sys.stdout.isatty():
-            self.live = Live(get_renderable=self.render, refresh_per_second=4)
+            self.live = live.Live(get_renderable=self.render, refresh_per_second=4)
             self.live.start()
 
     def log(self) -> None:
@@ -862,26 +746,16 @@ class Dashboard:
         if self.writer:
             self.writer.close()
 
-    def render(self) -> Panel:
+    def render(self) -> panel.Panel:
         """Draw the screen."""
         trainer, memory, gib = self.trainer, psutil.virtual_memory(), 2**30
         share = min(1.0, trainer.global_step / self.total)
-        top = Table.grid(padding=(0, 1), expand=True)
-        for ratio in (None, 1, None):
-            top.add_column(ratio=ratio)
-        steps = f"[bold]{trainer.global_step:,}[/] of {self.total:,} steps, [bold cyan]{self.left()}[/] left"
-        top.add_row(f"[bold cyan]{share:4.0%}", ProgressBar(1.0, share, complete_style="cyan"), steps)
-        speed = {"SPS": f"{self.speeds[-1]:,.0f}" if self.speeds else "", "trend": sparkline(self.speeds[-200:])}
-        speed |= {
-            "CPU": f"{psutil.cpu_percent():.0f}%",
-            "memory": f"{memory.used / gib:.1f}/{memory.total / gib:.0f} GiB",
-        }
+        speed = {"SPS": f"{self.speeds[-1]:,.0f}" if self.speeds else "", "": sparkline(self.speeds[-200:])}
+        speed |= {"CPU": f"{psutil.cpu_percent():.0f}%", "memory": f"{memory.used / gib:.1f}/{memory.total / gib:.0f} GiB"}
         if trainer.device.type == "cuda":
-            speed |= {
-                "GPU": f"{torch.cuda.utilization()}%",
-                "its memory": f"{torch.cuda.max_memory_allocated() / gib:.1f} GiB",
-            }
-        episodes = {"episodes": f"{trainer.num_episodes:,}", "trend": sparkline(self.trend[-200:])}
+            used = torch.cuda.max_memory_allocated() / gib
+            speed |= {"GPU": f"{torch.cuda.utilization()}%", "GPU memory": f"{used:.1f} GiB"}
+        episodes = {"episodes": f"{trainer.num_episodes:,}", "": sparkline(self.trend[-200:])}
         if trainer.returns:
             episodes |= {"return": f"{np.mean(trainer.returns):.4g}", "best": f"{max(trainer.returns):.4g}"}
         episodes |= {name: f"{value:.4g}" for name, value in trainer.episode.items() if name != "t"}
@@ -889,24 +763,28 @@ class Dashboard:
         shares = {name: own / sum(seconds.values()) for name, own in seconds.items()}
         times = {name: f"{'█' * round(10 * own)} {own:4.0%}" for name, own in shares.items()}
         losses = {name.replace("_", " "): f"{value:.3g}" for name, value in trainer.losses.items()}
-        columns = Table.grid(expand=True)
-        for _ in range(4):
+        columns, top = table.Table.grid(expand=True), table.Table.grid(padding=(0, 1), expand=True)
+        for ratio in (None, 1, None):
+            top.add_column(ratio=ratio)
+        steps = f"[bold]{trainer.global_step:,}[/] of {self.total:,} steps, [bold cyan]{self.left()}[/] left"
+        top.add_row(f"[bold cyan]{share:4.0%}", progress_bar.ProgressBar(1.0, share, complete_style="cyan"), steps)
+        boxes = {"episodes": (episodes, "green"), "speed": (speed, "cyan"), "time": (times, "yellow")}
+        boxes |= {"losses": (losses, "magenta")}
+        for _ in boxes:
             columns.add_column(ratio=1)
-        panels = (("episodes", episodes, "green"), ("speed", speed, "cyan"), ("time", times, "yellow"))
-        columns.add_row(*[box(*panel) for panel in (*panels, ("losses", losses, "magenta"))])
+        columns.add_row(*[draw_box(title, *contents) for title, contents in boxes.items()])
         count = sum(parameter.numel() for parameter in trainer.policy.parameters())
         title = f"[bold]{self.args.env_id}[/]  {trainer.device}, {self.args.precision}, {count:,} parameters"
-        return Panel(Group(top, columns), title=title, subtitle="Ctrl-C saves and stops", border_style="blue")
+        return panel.Panel(console.Group(top, columns), title=title, subtitle="Ctrl-C saves and stops", border_style="blue")
 
 
-def box(title: str, rows: dict[str, str], color: str) -> Panel:
+def draw_box(title: str, rows: dict[str, str], color: str) -> panel.Panel:
     """Draw a titled table of up to seven rows."""
-    grid = Table.grid(padding=(0, 1), expand=True)
-    grid.add_column(style="dim")
-    grid.add_column(justify="right", style=color, no_wrap=True)
+    grid = table.Table.grid(padding=(0, 1), expand=True)
+    grid.add_column(style="dim", no_wrap=True), grid.add_column(justify="right", style=color, no_wrap=True)
     for name, value in list(rows.items())[:7]:
         grid.add_row(name, value)
-    return Panel(grid, title=title, title_align="left", border_style=color, height=9)
+    return panel.Panel(grid, title=title, title_align="left", border_style=color, height=9)
 
 
 def log_writer(args: Args, folder: Path) -> SummaryWriter:
@@ -950,17 +828,15 @@ def train(args: Args, report: Callable[[int, float], None] = lambda step, mean: 
             trainer.update()
             dashboard.log()
             mean = float(np.mean(trainer.returns)) if trainer.returns else -np.inf
-            reached = len(trainer.returns) >= 100 and mean >= (
-                np.inf if args.target_return is None else args.target_return
-            )
+            reached = len(trainer.returns) >= 100 and mean >= args.target_return
             wishes = torch.tensor([reached or trainer.stopping], dtype=torch.float32, device=trainer.device)
             is_over = trainer.iteration == trainer.num_iterations or bool(reduce_sum(wishes))  # ranks end together
-            if rank() == 0 and args.checkpoint_interval and trainer.iteration % args.checkpoint_interval == 0:
+            if RANK == 0 and args.checkpoint_interval and trainer.iteration % args.checkpoint_interval == 0:
                 save(trainer, folder / "checkpoint.pt")
             report(trainer.iteration, mean)
-        if rank() == 0:
+        if RANK == 0:
             save(trainer, folder / "checkpoint.pt")
-    if rank() == 0 and not args.quiet:
+    if RANK == 0 and not args.quiet:
         print(f"Saved {folder}/checkpoint.pt: --resume goes on with it, --mode eval --resume plays it")
     if trainer.stopping:
         raise SystemExit(130)
@@ -981,9 +857,7 @@ def evaluate(args: Args) -> None:
                 frames += [np.array(frame) if envs.render_mode == "rgb_array" else frame for frame in envs.render()]
             trainer.act()
             trainer.receive()
-        path = (
-            record(frames, Path(args.resume).with_name("eval"), envs.metadata.get("render_fps", 30)) if frames else None
-        )
+        path = record(frames, Path(args.resume).with_name("eval"), envs.metadata.get("render_fps", 30)) if frames else None
     print(f"{len(trainer.returns)} episodes: return {np.mean(trainer.returns):.4g} +- {np.std(trainer.returns):.4g}")
     print(f"Recorded {path}" if path else f"{args.env_id} cannot draw itself: nothing recorded")
 
@@ -1016,18 +890,16 @@ def sweep(args: Args, chosen: list[str]) -> None:
     folder = Path("runs", re.sub(r"[^\w.-]+", "-", f"sweep__{args.env_id}__{args.exp_name}"))
     folder.mkdir(parents=True, exist_ok=True)
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2)
-    settings = {"pruner": pruner, "sampler": optuna.samplers.TPESampler(), "direction": "maximize"}
-    study = optuna.create_study(
-        storage=f"sqlite:///{folder}/study.db", study_name="sweep", load_if_exists=True, **settings
-    )
+    settings = {"study_name": "sweep", "load_if_exists": True, "direction": "maximize", "pruner": pruner}
+    study = optuna.create_study(storage=f"sqlite:///{folder}/study.db", **settings)
     for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # a kill ended it
 
     def objective(trial: optuna.Trial) -> float:
-        found = {}
         for name, (low, high, log) in SEARCH.items():
-            suggest = trial.suggest_int if isinstance(low, int) else trial.suggest_float
-            found |= {name: suggest(name, low, high, log=log)} if name in chosen else {}
+            if name in chosen:
+                suggest = trial.suggest_int if isinstance(low, int) else trial.suggest_float
+                setattr(args, name, suggest(name, low, high, log=log))
 
         def report(step: int, mean: float) -> None:
             if np.isfinite(mean):
@@ -1035,54 +907,51 @@ def sweep(args: Args, chosen: list[str]) -> None:
                 if trial.should_prune():
                     raise optuna.TrialPruned
 
-        return train(dataclasses.replace(args, **found, quiet=True, exp_name=f"{args.exp_name}-{trial.number}"), report)
+        return train(dataclasses.replace(args, quiet=True, exp_name=f"{args.exp_name}-{trial.number}"), report)
 
     def tell(_: optuna.Study, trial: Any) -> None:
-        numbers = " ".join(f"{name}={value:.4g}" for name, value in trial.params.items())
-        print(
-            f"trial {trial.number} {trial.state.name.lower()}: return {trial.value or np.nan:.4g} with {numbers}",
-            flush=True,
-        )
+        print(f"trial {trial.number} {trial.state.name.lower()}: return {trial.value:.4g} with {flags(trial.params)}", flush=True)
 
     ended = len([trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")])
     study.optimize(objective, n_trials=max(args.sweep_trials - ended, 0), callbacks=[tell])
-    flags = " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in study.best_params.items())
     optuna.visualization.matplotlib.plot_optimization_history(study).figure.savefig(folder / "history.png")
-    print(
-        f"Best of {len(study.trials)}: return {study.best_value:.4g} in trial {study.best_trial.number}; all: {folder}/history.png"
+    print(f"Best of {len(study.trials)} trials: {study.best_value:.4g}, in {study.best_trial.number}; see {folder}/history.png")
+    print(f"python demo.py --env-id {args.env_id} {flags(study.best_params)}")
+
+
+def flags(arguments: dict[str, Any]) -> str:
+    """Write arguments as flags."""
+    names = {name: ("--" if value is not False else "--no-") + name.replace("_", "-") for name, value in arguments.items()}
+    return " ".join(
+        names[name] if isinstance(value, bool) else f"{names[name]} {value if isinstance(value, str) else f'{value:.4g}'}"
+        for name, value in arguments.items()
     )
-    print(f"python demo.py --env-id {args.env_id} {flags}")
 
 
-def autotune(args: Args, chosen: list[str], seconds: float = 50.0) -> None:
+def autotune(args: Args, chosen: list[str]) -> None:
     """Measure ways to step this environment, policy included, and print the command of the fastest."""
-    cores, deadline, results = len(os.sched_getaffinity(0)), time.perf_counter() + seconds, []
-    sizes = [8, 4 * cores, 16 * cores, 64 * cores] if "num_envs" in chosen else [args.num_envs]
+    cores, deadline, results = len(os.sched_getaffinity(0)), time.perf_counter() + 50, []
+    sizes = sorted({8, 4 * cores, 16 * cores, 64 * cores}) if "num_envs" in chosen else [args.num_envs]
     ways = [{"vec": "serial", "num_envs": count} for count in sizes]
-    for count in dict.fromkeys(sizes):
-        for workers in {cores, 2 * cores}:
-            batches = ((0, True), (count // 2, True), (count // 2, False))
-            ways += [
-                {"num_envs": count, "num_workers": workers, "env_batch_size": batch, "zero_copy": zero_copy}
-                for batch, zero_copy in batches
-                if count % (2 * workers) == 0
-            ]
+    for count, workers in ((count, workers) for count in sizes for workers in (cores, 2 * cores)):
+        if count % (2 * workers) == 0:
+            both = {"num_envs": count, "num_workers": workers}
+            ways += [both, {**both, "env_batch_size": count // 2}, {**both, "env_batch_size": count // 2, "zero_copy": False}]
     for way in ways:
         if time.perf_counter() > deadline:
             break
-        trainer = Trainer(dataclasses.replace(args, **way, use_lstm=False, num_steps=8))
+        trainer = Trainer(dataclasses.replace(args, **way, use_lstm=False, num_steps=8, num_minibatches=1))
         with trainer.envs:
             trainer.start()
-            for is_counted in (False, True):  # warm up first
+            for seconds in (0.3, 1.0):  # the first to warm up
                 start, first = time.perf_counter(), trainer.global_step
-                while time.perf_counter() - start < (1.0 if is_counted else 0.3):
+                while time.perf_counter() - start < seconds:
                     trainer.act()
                     trainer.receive()
             speed = (trainer.global_step - first) / (time.perf_counter() - start)
-        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in way.items() if name != "zero_copy")
-        results.append((speed, flags + " --no-zero-copy" * (not way.get("zero_copy", True))))
-        print(f"{speed:10,.0f} steps/s  {results[-1][1]}", flush=True)
-    print(f"The fastest of {len(results)} of {len(ways)}: python demo.py --env-id {args.env_id} {max(results)[1]}")
+        results.append((speed, flags(way)))
+        print(f"{speed:10,.0f} steps/s with {flags(way)}", flush=True)
+    print(f"Fastest of {len(results)} of {len(ways)}: python demo.py --env-id {args.env_id} {max(results)[1]}")
 
 
 def main() -> None:
@@ -1091,7 +960,7 @@ def main() -> None:
     if args.resume:  # what its arguments say holds, unless a flag says otherwise
         args = tyro.cli(Args, default=Args(**load(args.resume)["args"]))
     chosen = prepare(args)
-    if world_size() > 1:
+    if WORLD_SIZE > 1:
         distributed.init_process_group(timeout=timedelta(minutes=5))
     modes = {"train": train, "eval": evaluate}
     modes[args.mode](args) if args.mode in modes else globals()[args.mode](args, chosen)
