@@ -177,14 +177,6 @@ def make_env(env_id: str, render: bool = False) -> Any:
     return puffer_core.EpisodeStats(env) if isinstance(env, gym.Env) else env
 
 
-def make_envs(args: Args) -> Any:
-    env_fns = [partial(make_env, args.env_id, render=args.mode == "eval")] * args.num_envs
-    if args.vec == "serial":
-        return puffer_core.Serial(env_fns, zero_copy=args.zero_copy)
-    sizes = {"num_workers": args.num_workers or None, "batch_size": args.env_batch_size or None}
-    return puffer_core.Multiprocessing(env_fns, zero_copy=args.zero_copy, **sizes)
-
-
 def leaves_of(space: spaces.Space, value: Any = None) -> Iterator[tuple[spaces.Space, Any]]:
     """Walk over the leaves of a space and, beside them, those of an observation."""
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
@@ -286,11 +278,11 @@ class Policy(nn.Module):
         if isinstance(action_space, spaces.Box):  # -1 and 1 are the bounds, where there are any
             low, high = action_space.low.ravel(), action_space.high.ravel()
             is_bounded = np.isfinite(low) & np.isfinite(high)
-            self.center, self.radius = np.where(is_bounded, [(high + low) / 2, (high - low) / 2], [[0.0], [1.0]])
-            self.log_std, self.sizes = nn.Parameter(torch.zeros(len(low))), [len(low)]
+            self.center, self.radius = np.where(is_bounded, [low / 2 + high / 2, high / 2 - low / 2], [[0.0], [1.0]])
+            self.log_std, sizes = nn.Parameter(torch.zeros(len(low))), len(low)
         else:  # one choice or several, each from a handful
-            self.log_std, sizes = None, getattr(action_space, "nvec", getattr(action_space, "n", None))
-            self.sizes = np.ravel(sizes).tolist()
+            sizes = getattr(action_space, "nvec", getattr(action_space, "n", None))
+        self.is_continuous, self.sizes = isinstance(action_space, spaces.Box), np.ravel(sizes).tolist()
         self.actor, self.critic, self.is_bf16 = nn.Linear(width, sum(self.sizes)), nn.Linear(width, 1), False
         nothing = torch.zeros(1, 1, *flat.shape, dtype=getattr(torch, flat.dtype.name))
         self(nothing, torch.zeros(1, 2 * width), torch.zeros(1, 1, dtype=torch.bool))  # gives lazy layers their sizes
@@ -322,7 +314,7 @@ class Policy(nn.Module):
 
     def act(self, parameters: torch.Tensor, actions: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Return actions, their log-probabilities and the entropies of the policy that the parameters describe."""
-        if self.log_std is not None:
+        if self.is_continuous:
             normal = torch.distributions.Normal(parameters, self.log_std.exp(), validate_args=False)
             actions = normal.sample() if actions is None else actions
             return actions, normal.log_prob(actions).sum(-1), normal.entropy().sum(-1)
@@ -335,7 +327,8 @@ class Policy(nn.Module):
 
     def for_envs(self, actions: torch.Tensor) -> np.ndarray:
         """Turn actions `(batch, parts)` into those that the environments take."""
-        values = actions.cpu().numpy() if self.log_std is None else self.center + self.radius * actions.cpu().numpy()
+        values = actions.cpu().numpy()
+        values = self.center + self.radius * values if self.is_continuous else values
         shaped = values.reshape(len(values), *self.action_space.shape) + getattr(self.action_space, "start", 0)
         return shaped.astype(self.action_space.dtype)
 
@@ -354,15 +347,13 @@ class Experience:
     def __init__(self, num_rows: int, args: Args, policy: Policy, device: torch.device, is_async: bool):
         self.num_steps, self.num_slots = args.num_steps, args.num_steps * (1 + is_async)
         self.horizon, count = args.bptt_horizon if args.use_lstm else 1, num_rows * self.num_slots
-        flat, parts = policy.layout.flat_space, sum(policy.sizes) if policy.log_std is not None else len(policy.sizes)
-        dtype, action_dtype = getattr(torch, flat.dtype.name), torch.float32 if policy.log_std is not None else torch.int64
-        self.observations = torch.zeros(count, *flat.shape, dtype=dtype, device=device)
-        self.actions = torch.zeros(count, parts, dtype=action_dtype, device=device)
-        numbers = torch.zeros(5, count, device=device)
-        self.logprobs, self.values, self.next_values, self.advantages, self.returns = numbers
-        self.starts, self.trainable = torch.zeros(2, count, dtype=torch.bool, device=device)
-        self.states = torch.zeros(count // self.horizon, 2 * args.hidden_size, device=device) if args.use_lstm else None
-        self.rewards = np.zeros((num_rows, self.num_slots), np.float32)
+        flat, zeros = policy.layout.flat_space, partial(torch.zeros, device=device)  # on the device: row * slots + slot
+        parts, dtype = (policy.sizes[0], torch.float32) if policy.is_continuous else (len(policy.sizes), torch.int64)
+        self.observations = zeros(count, *flat.shape, dtype=getattr(torch, flat.dtype.name))
+        self.actions, self.states = zeros(count, parts, dtype=dtype), zeros(count // self.horizon, 2 * args.hidden_size)
+        self.logprobs, self.values, self.next_values, self.advantages, self.returns = zeros(5, count)
+        self.starts, self.trainable = zeros(2, count, dtype=torch.bool)
+        self.rewards = np.zeros((num_rows, self.num_slots), np.float32)  # here: [row, slot]
         self.valid, self.terminated, self.ended = np.zeros((3, num_rows, self.num_slots), bool)
         self.begun, self.complete, self.consumed = np.zeros((3, num_rows), np.int64)  # transitions since the start
 
@@ -412,53 +403,33 @@ def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-class Inbox:
-    """All that the device needs of a batch, in one piece of memory (pinned on CUDA), so that one copy moves it."""
-
-    def __init__(self, count: int, flat: spaces.Box, device: torch.device):
-        fields = [(name, np.int64, (count,)) for name in ("rows", "index", "previous")]
-        fields += [("starts", bool, (count,)), ("observations", flat.dtype, (count, *flat.shape))]
-        struct = np.dtype(fields, align=True)
-        self.memory = torch.zeros(struct.itemsize, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self.moved, self.host = self.memory.to(device), np.ndarray((), struct, self.memory.numpy())
-        for name, dtype, shape in fields:
-            part = self.moved[struct.fields[name][1] :][: struct[name].itemsize]
-            setattr(self, name, part.view(getattr(torch, np.dtype(dtype).name)).view(shape))
-
-    def move(self, **fields: np.ndarray) -> None:
-        """Bring new contents to the device; its tensors hold until the next call."""
-        for name, field in fields.items():
-            self.host[name][...] = field
-        if self.moved is not self.memory:
-            self.moved.copy_(self.memory, non_blocking=True)
-
-
 class Trainer:
     """Environments, policy, optimizer and experience of one rank: `collect` and `update` take turns."""
 
     def __init__(self, args: Args):
         self.args, self.iteration, self.global_step, self.num_episodes, self.stopping = args, 0, 0, 0, False
         self.returns, self.episode = deque(maxlen=max(100, args.eval_episodes)), {}  # of the last episodes; of the last
-        self.seconds, self.losses = defaultdict(float), {}
-        self.device = torch.device("cpu")
+        self.seconds, self.losses, self.device = defaultdict(float), {}, torch.device("cpu")
         if torch.cuda.is_available() and args.cuda:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
-        for seed in (random.seed, np.random.seed, torch.manual_seed):
-            seed(args.seed)  # all ranks begin with the same weights
-        self.envs = envs = make_envs(args)
-        self.num_iterations = args.total_timesteps // (envs.num_agents * args.num_steps * WORLD_SIZE)
         if args.precision == "auto":  # a CPU without these instructions takes ten times as long as with fp32
             cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
             has_bf16 = self.device.type == "cuda" or "amx_bf16" in cpu or "avx512_bf16" in cpu
             args.precision = "bf16" if has_bf16 else "fp32"
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(args.seed)  # all ranks begin with the same weights
+        env_fns = [partial(make_env, args.env_id, render=args.mode == "eval")] * args.num_envs
+        pool = {"num_workers": args.num_workers or None, "batch_size": args.env_batch_size or None}
+        make = puffer_core.Serial if args.vec == "serial" else partial(puffer_core.Multiprocessing, **pool)
+        self.envs = envs = make(env_fns, zero_copy=args.zero_copy)
+        self.made_for = f"observations {envs.layout.space} and actions {envs.single_action_space}"
+        self.num_iterations = args.total_timesteps // (envs.num_agents * args.num_steps * WORLD_SIZE)
         self.policy = Policy(envs.layout, envs.single_action_space, args).to(self.device)
         self.model = torch.compile(self.policy) if args.compile else self.policy
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.learning_rate, eps=1e-5)
-        self.made_for = f"observations {envs.layout.space} and actions {envs.single_action_space}"
         is_async = envs.agents_per_batch < envs.num_agents
         self.experience = Experience(envs.num_agents, args, self.policy, self.device, is_async)
-        self.inbox = Inbox(envs.agents_per_batch, envs.single_observation_space, self.device)
         torch.manual_seed(args.seed + RANK)  # and draw other actions
 
     @contextlib.contextmanager
@@ -471,7 +442,7 @@ class Trainer:
     def start(self) -> None:
         """Reset all environments, and every agent's memory."""
         count = self.envs.num_agents
-        self.state = torch.zeros(count, 2 * self.args.hidden_size, device=self.device) if self.args.use_lstm else None
+        self.state = torch.zeros(count, 2 * self.args.hidden_size, device=self.device)
         self.alive, self.team_sums = np.zeros(count, bool), np.zeros((2, count))
         self.envs.async_reset(self.args.seed + RANK * self.args.num_envs + self.global_step)
         self.receive()
@@ -488,62 +459,65 @@ class Trainer:
         with self.clock("env wait"):
             batch = self.envs.recv()
         with self.clock("copies"):
-            experience, self.rows = self.experience, batch.agent_ids.copy()
+            experience, rows = self.experience, batch.agent_ids.copy()
             experience.finish(batch)
-            ended, first = batch.terminations | batch.truncations, self.rows * experience.num_slots
+            ended, was_alive = batch.terminations | batch.truncations, self.alive[rows]
             goes_on = ~ended | batch.infos.get("_final_obs", np.zeros_like(ended))
-            starts, self.alive[self.rows] = ended | ~self.alive[self.rows], batch.masks & goes_on
-            index, previous = (first + (experience.begun[self.rows] - back) % experience.num_slots for back in (0, 1))
-            self.inbox.move(rows=self.rows, index=index, previous=previous, starts=starts, observations=batch.observations)
-            self.bootstraps = self.bootstrap(batch, ended & goes_on & ~batch.terminations)
+            self.rows, self.alive[rows] = rows, batch.masks & goes_on
+            slots = (experience.begun[rows] % experience.num_slots, (experience.begun[rows] - 1) % experience.num_slots)
+            ids = np.stack([rows, *(rows * experience.num_slots + slot for slot in slots), ended | ~was_alive])
+            # One copy moves all of it, from pinned memory on CUDA
+            parts = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in (ids, batch.observations)]
+            packed = torch.from_numpy(np.concatenate(parts))
+            packed = (packed.pin_memory() if self.device.type == "cuda" else packed).to(self.device, non_blocking=True)
+            self.row_ids, self.index, self.previous, starts = packed[: ids.nbytes].view(torch.int64).view(ids.shape)
+            self.starts, dtype = starts.bool(), experience.observations.dtype
+            self.observations = packed[ids.nbytes :].view(dtype).view(batch.observations.shape)
+            truncated = np.flatnonzero(ended & goes_on & ~batch.terminations)
+            self.bootstraps = self.bootstrap(batch.infos["final_obs"], truncated) if truncated.size else None
         self.global_step += len(self.rows) * WORLD_SIZE
         for episode in self.finished_episodes(batch):
             self.returns.append(episode.pop("r"))
             self.num_episodes, self.episode = self.num_episodes + 1, episode
 
     @torch.no_grad()
-    def bootstrap(self, batch: puffer_core.Batch, truncated: np.ndarray) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def bootstrap(self, final_obs: np.ndarray, truncated: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Return which of the batch's rows saw their episodes cut off, and the values of their last observations."""
-        if not truncated.any():
-            return None
-        where = torch.as_tensor(np.flatnonzero(truncated), device=self.device)
-        obs = torch.as_tensor(np.stack(batch.infos["final_obs"][truncated]), device=self.device)[:, None]
-        state = self.state[self.inbox.rows[where]] if self.args.use_lstm else None
-        return where, self.policy(obs, state, torch.zeros_like(where, dtype=torch.bool)[:, None])[3][:, 0]
+        where, obs = (torch.as_tensor(x, device=self.device) for x in (truncated, np.stack(final_obs[truncated])))
+        starts = torch.zeros(len(where), 1, dtype=torch.bool, device=self.device)
+        return where, self.policy(obs[:, None], self.state[self.row_ids[where]], starts)[3][:, 0]
 
     def finished_episodes(self, batch: puffer_core.Batch) -> Iterator[dict[str, float]]:
-        """Yield statistics of the episodes that a batch ends: of whole games from infos, of agents of teams from rewards."""
-        if self.envs.num_agents == self.envs.num_envs:
-            infos = batch.infos.get("final_info", {})
-            for row in np.flatnonzero(infos.get("_episode", False)):
-                yield {name: float(values[row]) for name, values in infos["episode"].items() if name[0] != "_"}
-            return
+        """Yield statistics of episodes that have ended: of whole games from infos, of a team's agents from rewards."""
         self.team_sums[:, self.rows] += batch.rewards, batch.masks
-        for row in self.rows[batch.terminations | batch.truncations]:
-            yield dict(zip("rl", self.team_sums[:, row].tolist()))
-            self.team_sums[:, row] = 0
+        is_team, infos = self.envs.num_agents > self.envs.num_envs, batch.infos.get("final_info", {})
+        for at in np.flatnonzero(batch.terminations | batch.truncations if is_team else infos.get("_episode", False)):
+            sums = dict(zip("rl", self.team_sums[:, self.rows[at]].tolist()))
+            numbers = {} if is_team else {key: values[at] for key, values in infos["episode"].items() if key[0] != "_"}
+            yield {key: float(value) for key, value in (sums | numbers).items()}
+            self.team_sums[:, self.rows[at]] = 0
 
     @torch.no_grad()
     def think(self) -> tuple[torch.Tensor, ...]:
         """Run the policy on the batch, whose values are also those of what came after the rows' last transitions."""
-        inbox, state = self.inbox, self.state[self.inbox.rows] if self.args.use_lstm else None
-        actions, logprobs, _, values, state = self.model(inbox.observations[:, None], state, inbox.starts[:, None])
+        rows = (self.observations[:, None], self.state[self.row_ids], self.starts[:, None])
+        actions, logprobs, _, values, state = self.model(*rows)
         next_values = values[:, 0].index_copy(0, *self.bootstraps) if self.bootstraps else values[:, 0]
-        self.experience.next_values[inbox.previous] = next_values
+        self.experience.next_values[self.previous] = next_values
         return actions[:, 0], logprobs[:, 0], values[:, 0], state
 
     def act(self) -> None:
         """Choose actions for the batch, remember both, and send its environments to work."""
-        experience, inbox, index = self.experience, self.inbox, self.inbox.index
+        experience, index = self.experience, self.index
         with self.clock("inference"):
             actions, logprobs, values, state = self.think()
-            experience.observations[index], experience.starts[index] = inbox.observations, inbox.starts
+            experience.observations[index], experience.starts[index] = self.observations, self.starts
             experience.actions[index], experience.logprobs[index], experience.values[index] = actions, logprobs, values
             slots = experience.begun[self.rows] % experience.num_slots
-            if self.args.use_lstm:
+            if self.policy.memory:
                 begins = torch.as_tensor(np.flatnonzero(slots % experience.horizon == 0), device=self.device)
-                experience.states[index[begins] // experience.horizon] = self.state[inbox.rows[begins]]
-                self.state[inbox.rows] = state
+                experience.states[index[begins] // experience.horizon] = self.state[self.row_ids[begins]]
+                self.state[self.row_ids] = state
             actions = self.policy.for_envs(actions)
         experience.valid[self.rows, slots] = self.alive[self.rows]
         experience.begun[self.rows] += 1
@@ -557,8 +531,8 @@ class Trainer:
         packed = np.stack([field.reshape(-1)[where] for field in fields]).astype(np.float32)  # one copy again
         index, (rewards, *flags) = (torch.as_tensor(array, device=self.device) for array in (where, packed))
         terminated, ended, valid = (flag.bool() for flag in flags)
-        values, next_values = experience.values[index], experience.next_values[index]
-        steps = (rewards * self.args.reward_scale, values, next_values, terminated, ended, valid)
+        rewards, values = rewards * self.args.reward_scale, experience.values[index]
+        steps = (rewards, values, experience.next_values[index], terminated, ended, valid)
         advantages = estimate_advantages(*steps, self.args.gamma, self.args.gae_lambda)
         experience.advantages[index], experience.returns[index] = advantages, advantages + values
         experience.trainable[index] = valid
@@ -566,7 +540,7 @@ class Trainer:
 
     def update(self) -> None:
         """Learn from the segments that are complete."""
-        args, experience = self.args, self.experience
+        args, experience, sums = self.args, self.experience, torch.zeros(6, device=self.device)
         with self.clock("update"):
             index = self.prepare()
             left = 1 - self.iteration / self.num_iterations if args.anneal_lr else 1.0
@@ -574,29 +548,26 @@ class Trainer:
             sequences = index.view(-1, experience.horizon)
             trainable = experience.trainable[sequences]
             sequences, has_gaps = sequences[trainable.any(1)], experience.horizon > 1 and not trainable.all()
-            sums = torch.zeros(6, device=self.device)
             for _ in range(args.update_epochs):
                 for chosen in torch.randperm(len(sequences)).tensor_split(args.num_minibatches):
                     sums += self.learn(sequences[chosen.to(self.device)], has_gaps)
             index = index[experience.trainable[index]]
-            returns, values = experience.returns[index], experience.values[index]
-            explained = 1 - (returns - values).var() / returns.var()
-            means = [*(sums / (args.update_epochs * args.num_minibatches)).tolist(), explained.item()]
-        names = "policy_loss value_loss entropy old_approx_kl approx_kl clipfrac explained_variance"
-        self.losses, self.iteration = dict(zip(names.split(), means)), self.iteration + 1
+            errors, returns = experience.advantages[index], experience.returns[index]
+            means = [*sums / (args.update_epochs * args.num_minibatches), 1 - errors.var() / returns.var()]
+            names = "policy_loss value_loss entropy old_approx_kl approx_kl clipfrac explained_variance"
+            self.losses, self.iteration = dict(zip(names.split(), torch.stack(means).tolist())), self.iteration + 1
 
     def learn(self, index: torch.Tensor, has_gaps: bool) -> torch.Tensor:
         """Take one gradient step on a minibatch of sequences, `(sequences, horizon)`; returns what to log."""
-        args, experience = self.args, self.experience
+        args, experience, kept = self.args, self.experience, self.experience.trainable[index]
         observations, actions = experience.observations[index], experience.actions[index]
-        state = experience.states[index[:, 0] // experience.horizon] if args.use_lstm else None
-        kept = experience.trainable[index]
         if has_gaps:  # nothing of an absent agent's rows gets anywhere, whatever they hold
             observations[~kept], actions[~kept] = 0, 0
-        _, newlogprob, entropy, newvalue, _ = self.model(observations, state, experience.starts[index], actions)
+        state, starts = experience.states[index[:, 0] // experience.horizon], experience.starts[index]
+        _, newlogprob, entropy, newvalue, _ = self.model(observations, state, starts, actions)
         parts = (index, newlogprob, entropy, newvalue)
         index, newlogprob, entropy, newvalue = (part[kept] if has_gaps else part.flatten() for part in parts)
-        advantages, returns, values = (part[index] for part in (experience.advantages, experience.returns, experience.values))
+        advantages, returns, values = experience.advantages[index], experience.returns[index], experience.values[index]
 
         # Statistics and means are those of the minibatches of all ranks together
         sums = torch.stack([torch.ones_like(advantages), advantages, advantages.square()]).double().sum(1)
@@ -618,8 +589,8 @@ class Trainer:
 
         self.optimizer.zero_grad()
         (means[0] + args.vf_coef * means[1] - args.ent_coef * means[2]).backward()
-        gradients = [parameter.grad for parameter in self.policy.parameters()]
         if distributed.is_initialized():
+            gradients = [parameter.grad for parameter in self.policy.parameters()]
             flat = reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
             for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
                 gradient.copy_(part.view_as(gradient))
@@ -635,13 +606,9 @@ def save(trainer: Trainer, path: Path) -> None:
     """Write a checkpoint beside the last one and put it in its place: a kill at any time leaves one of the two."""
     name, numbers, *rest = np.random.get_state()
     rng = {"numpy": [name, numbers.tolist(), *rest], "python": random.getstate(), "torch": torch.get_rng_state()}
-    if trainer.device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state()
-    contents = {
-        **{"args": vars(trainer.args), "spaces": trainer.made_for, "rng": rng, "returns": list(trainer.returns)},
-        **{"policy": trainer.policy.state_dict(), "optimizer": trainer.optimizer.state_dict()},
-        **{name: getattr(trainer, name) for name in ("iteration", "global_step", "num_episodes")},
-    }
+    contents = {name: getattr(trainer, name) for name in ("iteration", "global_step", "num_episodes", "made_for")}
+    contents |= {"args": vars(trainer.args), "rng": rng, "returns": list(trainer.returns)}
+    contents |= {name: getattr(trainer, name).state_dict() for name in ("policy", "optimizer")}
     with open(path.with_suffix(".part"), "wb") as file:
         torch.save(contents, file)
         file.flush()
@@ -653,44 +620,39 @@ def load(path: str) -> dict[str, Any]:
     """Read a checkpoint; ends with one line if it is none."""
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
-        Args(**contents["args"]), contents["policy"]
-        return contents
+        return contents | {"args": Args(**contents["args"])}
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         raise SystemExit(f"--resume {path}: expected a checkpoint of demo.py, cannot read it ({reason})") from None
 
 
 def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
-    """Go on from a checkpoint; ends with one line if it is of another network or environment."""
-    args, made_for, here = trainer.args, contents["spaces"], trainer.made_for
-    if made_for != here:
-        raise SystemExit(f"--resume {args.resume}: expected a checkpoint for {here}, this one is for {made_for}")
-    try:
-        trainer.policy.load_state_dict(contents["policy"])
-        trainer.optimizer.load_state_dict(contents["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        flags = ("use_lstm", "hidden_size", "env_id")
-        saved = " ".join(f"{name}={contents['args'][name]}" for name in flags)
-        reason = " ".join(str(error).split())[:100]
-        raise SystemExit(f"--resume {args.resume}: expected the network of {saved} ({reason})") from None
+    """Go on from a checkpoint; ends with one line if it is of another environment or network."""
+    start, saved = f"--resume {trainer.args.resume}: expected a checkpoint for", contents["args"]
+    if trainer.made_for != contents["made_for"]:
+        raise SystemExit(f"{start} {trainer.made_for}, this one is for {contents['made_for']}")
+    for name in ("use_lstm", "hidden_size"):
+        if getattr(trainer.args, name) != getattr(saved, name):
+            raise SystemExit(f"{start} {name}={getattr(trainer.args, name)}, this one has {getattr(saved, name)}")
+    for name in ("policy", "optimizer"):
+        getattr(trainer, name).load_state_dict(contents[name])
     for name in ("iteration", "global_step", "num_episodes"):
         setattr(trainer, name, contents[name])
     trainer.returns.extend(contents["returns"])
-    rng = contents["rng"]
-    name, numbers, *rest = rng["numpy"]
+    name, numbers, *rest = contents["rng"]["numpy"]
     np.random.set_state((name, np.array(numbers, np.uint32), *rest))
-    random.setstate(rng["python"])
-    torch.set_rng_state(rng["torch"]) if WORLD_SIZE == 1 else torch.manual_seed(args.seed + RANK + trainer.global_step)
-    if trainer.device.type == "cuda" and "cuda" in rng:
-        torch.cuda.set_rng_state(rng["cuda"])
+    random.setstate(contents["rng"]["python"])
+    torch.set_rng_state(contents["rng"]["torch"])
+    if WORLD_SIZE > 1:  # what was saved is rank 0's
+        torch.manual_seed(trainer.args.seed + RANK + trainer.global_step)
 
 
 # ------------------------------------------------------------------------------------------------------ the dashboard
 
 
-def sparkline(values: Any, width: int = 18) -> str:
-    """Draw numbers as a line of blocks."""
-    means = np.array([part.mean() for part in np.array_split(np.array(values), width) if len(part)])
+def sparkline(values: list[float], width: int = 16) -> str:
+    """Draw the last numbers as a line of blocks."""
+    means = np.array([part.mean() for part in np.array_split(np.array(values[-200:]), width) if len(part)])
     heights = (means - means.min()) / (np.ptp(means) or 1.0) * 7 if len(means) else []
     return "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
 
@@ -699,63 +661,49 @@ class Dashboard:
     """Logs a run, and shows it: live on a terminal, otherwise as a line every few seconds; nothing if `quiet`."""
 
     def __init__(self, trainer: Trainer, folder: Path):
-        self.trainer, self.args, self.live, self.speeds, self.trend = trainer, trainer.args, None, [], []
-        self.start = self.last = time.perf_counter()
+        self.trainer, self.args, self.speeds, self.trend, self.left = trainer, trainer.args, [], [], "?"
+        self.start, self.first_step = time.perf_counter(), trainer.global_step
+        self.last, self.last_step, self.printed = self.start, self.first_step, -np.inf
         self.total = trainer.num_iterations * trainer.envs.num_agents * self.args.num_steps * WORLD_SIZE
-        self.first_step = self.last_step = trainer.global_step
-        self.printed, self.is_shown = 0.0, RANK == 0 and not self.args.quiet
-        self.writer = log_writer(self.args, folder) if RANK == 0 else None
-        psutil.cpu_percent()
-        if self.is_shown and sys.stdout.isatty():
-            self.live = live.Live(get_renderable=self.render, refresh_per_second=4)
-            self.live.start()
+        self.is_shown, self.is_live = RANK == 0 and not self.args.quiet, sys.stdout.isatty()
+        if self.args.track and RANK == 0:
+            import wandb
 
-    def log(self) -> None:
+            names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": folder.name}
+            wandb.init(**names, config=vars(self.args), sync_tensorboard=True)
+        self.writer = SummaryWriter(folder) if RANK == 0 else None
+        if self.writer:
+            lines = [f"|{name}|{value}|" for name, value in vars(self.args).items()]
+            self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *lines]))
+
+    def log(self, is_last: bool) -> None:
         """Note what the last update has brought."""
         trainer, now = self.trainer, time.perf_counter()
         self.speeds.append((trainer.global_step - self.last_step) / (now - self.last))
         self.last, self.last_step = now, trainer.global_step
+        per_step = (now - self.start) / (trainer.global_step - self.first_step)
+        self.left = str(timedelta(seconds=int(max(self.total - trainer.global_step, 0) * per_step)))
         charts = {"learning_rate": trainer.optimizer.param_groups[0]["lr"], "SPS": self.speeds[-1]}
         if trainer.returns:
-            self.trend.append(np.mean(trainer.returns))
-            charts |= {"episodic_return": self.trend[-1], "episodic_length": trainer.episode["l"]}
+            self.trend.append(float(np.mean(trainer.returns)))
+            charts |= {"episodic_return": self.trend[-1], "episodic_length": trainer.episode.get("l", 0)}
         for group, numbers in (("charts", charts), ("losses", trainer.losses)) if self.writer else ():
             for name, value in numbers.items():
                 self.writer.add_scalar(f"{group}/{name}", value, trainer.global_step)
-        if self.is_shown and not self.live and now - self.printed > 2:
-            self.print_line()
-
-    def print_line(self) -> None:
-        """Print where the run stands."""
-        self.printed, mean = self.last, f"{self.trend[-1]:.4g}" if self.trend else "none yet"
-        numbers = " ".join(f"{name}={self.trainer.losses[name]:.3g}" for name in ("value_loss", "entropy", "approx_kl"))
-        step = f"global_step={self.trainer.global_step} SPS={self.speeds[-1]:.0f}"
-        print(f"{step} episodic_return={mean} {numbers} left={self.left()}", flush=True)
-
-    def left(self) -> str:
-        """Return the time left."""
-        speed = (self.last_step - self.first_step) / max(self.last - self.start, 1e-9)
-        return str(timedelta(seconds=int(max(self.total - self.last_step, 0) / speed))) if speed else "?"
-
-    def close(self) -> None:
-        """Leave the last state on the screen."""
-        if self.live:
-            self.live.stop()
-        elif self.is_shown and self.speeds and self.printed < self.last:
-            self.print_line()
-        if self.writer:
-            self.writer.close()
+        if self.is_shown and not self.is_live and (is_last or now - self.printed > 2):
+            self.printed, mean = now, f"{self.trend[-1]:.4g}" if self.trend else "none yet"
+            losses = " ".join(f"{name}={trainer.losses[name]:.3g}" for name in ("value_loss", "entropy", "approx_kl"))
+            step = f"global_step={trainer.global_step} SPS={self.speeds[-1]:.0f} episodic_return={mean}"
+            print(f"{step} {losses} left={self.left}", flush=True)
 
     def render(self) -> panel.Panel:
         """Draw the screen."""
         trainer, memory, gib = self.trainer, psutil.virtual_memory(), 2**30
-        share = min(1.0, trainer.global_step / self.total)
-        speed = {"SPS": f"{self.speeds[-1]:,.0f}" if self.speeds else "", "": sparkline(self.speeds[-200:])}
+        speed = {"SPS": f"{self.speeds[-1]:,.0f}" if self.speeds else "", "": sparkline(self.speeds)}
         speed |= {"CPU": f"{psutil.cpu_percent():.0f}%", "memory": f"{memory.used / gib:.1f}/{memory.total / gib:.0f} GiB"}
         if trainer.device.type == "cuda":
-            used = torch.cuda.max_memory_allocated() / gib
-            speed |= {"GPU": f"{torch.cuda.utilization()}%", "GPU memory": f"{used:.1f} GiB"}
-        episodes = {"episodes": f"{trainer.num_episodes:,}", "": sparkline(self.trend[-200:])}
+            speed["GPU"] = f"{torch.cuda.utilization()}%, {torch.cuda.max_memory_allocated() / gib:.1f} GiB"
+        episodes = {"episodes": f"{trainer.num_episodes:,}", "": sparkline(self.trend)}
         if trainer.returns:
             episodes |= {"return": f"{np.mean(trainer.returns):.4g}", "best": f"{max(trainer.returns):.4g}"}
         episodes |= {name: f"{value:.4g}" for name, value in trainer.episode.items() if name != "t"}
@@ -763,41 +711,30 @@ class Dashboard:
         shares = {name: own / sum(seconds.values()) for name, own in seconds.items()}
         times = {name: f"{'█' * round(10 * own)} {own:4.0%}" for name, own in shares.items()}
         losses = {name.replace("_", " "): f"{value:.3g}" for name, value in trainer.losses.items()}
-        columns, top = table.Table.grid(expand=True), table.Table.grid(padding=(0, 1), expand=True)
+        top, columns = table.Table.grid(padding=(0, 1), expand=True), table.Table.grid(expand=True)
         for ratio in (None, 1, None):
             top.add_column(ratio=ratio)
-        steps = f"[bold]{trainer.global_step:,}[/] of {self.total:,} steps, [bold cyan]{self.left()}[/] left"
-        top.add_row(f"[bold cyan]{share:4.0%}", progress_bar.ProgressBar(1.0, share, complete_style="cyan"), steps)
-        boxes = {"episodes": (episodes, "green"), "speed": (speed, "cyan"), "time": (times, "yellow")}
-        boxes |= {"losses": (losses, "magenta")}
-        for _ in boxes:
+        share = min(1.0, trainer.global_step / self.total)
+        bar = progress_bar.ProgressBar(1.0, share, complete_style="cyan")
+        steps = f"[bold]{trainer.global_step:,}[/] of {self.total:,} steps, [bold cyan]{self.left}[/] left"
+        top.add_row(f"[bold cyan]{share:4.0%}", bar, steps)
+        boxes = []
+        for title, rows, color in zip(
+            ("episodes", "speed", "time", "losses"),
+            (episodes, speed, times, losses),
+            ("green", "cyan", "yellow", "magenta"),
+        ):
+            grid = table.Table.grid(padding=(0, 1), expand=True)
+            grid.add_column(style="dim", no_wrap=True)
+            grid.add_column(justify="right", style=color, no_wrap=True)
+            for row in list(rows.items())[:7]:
+                grid.add_row(*row)
             columns.add_column(ratio=1)
-        columns.add_row(*[draw_box(title, *contents) for title, contents in boxes.items()])
-        count = sum(parameter.numel() for parameter in trainer.policy.parameters())
-        title = f"[bold]{self.args.env_id}[/]  {trainer.device}, {self.args.precision}, {count:,} parameters"
-        return panel.Panel(console.Group(top, columns), title=title, subtitle="Ctrl-C saves and stops", border_style="blue")
-
-
-def draw_box(title: str, rows: dict[str, str], color: str) -> panel.Panel:
-    """Draw a titled table of up to seven rows."""
-    grid = table.Table.grid(padding=(0, 1), expand=True)
-    grid.add_column(style="dim", no_wrap=True), grid.add_column(justify="right", style=color, no_wrap=True)
-    for name, value in list(rows.items())[:7]:
-        grid.add_row(name, value)
-    return panel.Panel(grid, title=title, title_align="left", border_style=color, height=9)
-
-
-def log_writer(args: Args, folder: Path) -> SummaryWriter:
-    """Open TensorBoard's log, and W&B's if wanted."""
-    if args.track:
-        import wandb
-
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
-        wandb.init(**names, config=vars(args), sync_tensorboard=True)
-    writer = SummaryWriter(folder)
-    table = [f"|{name}|{value}|" for name, value in vars(args).items()]
-    writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *table]))
-    return writer
+            boxes.append(panel.Panel(grid, title=title, title_align="left", border_style=color, height=9))
+        columns.add_row(*boxes)
+        title = f"[bold]{self.args.env_id}[/] on {trainer.device}, {self.args.precision}"
+        both = console.Group(top, columns)
+        return panel.Panel(both, title=title, subtitle="Ctrl-C saves and stops", border_style="blue")
 
 
 # -------------------------------------------------------------------------------------------------------------- modes
@@ -805,75 +742,69 @@ def log_writer(args: Args, folder: Path) -> SummaryWriter:
 
 def train(args: Args, report: Callable[[int, float], None] = lambda step, mean: None) -> float:
     """Train an agent; returns the mean of its last 100 returns, of which `report` hears after every update."""
-    contents = load(args.resume) if args.resume else None
+    contents, trainer, mean = load(args.resume) if args.resume else None, Trainer(args), -np.inf
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    folder = Path("runs", re.sub(r"[^\w.-]+", "-", name))
-    trainer = Trainer(args)
+    path = Path("runs", re.sub(r"[^\w.-]+", "-", name), "checkpoint.pt")
 
     def stop(*_: Any) -> None:
         trainer.stopping = True
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, trainer.envs:
         stack.callback(lambda: [signal.signal(number, handler) for number, handler in handlers.items()])
-        stack.enter_context(trainer.envs)
         if contents:
             restore(trainer, contents)
         trainer.start()
-        dashboard = Dashboard(trainer, folder)
-        stack.callback(dashboard.close)
-        mean, is_over = -np.inf, trainer.iteration >= trainer.num_iterations
+        dashboard, is_over = Dashboard(trainer, path.parent), trainer.iteration >= trainer.num_iterations
+        stack.callback(dashboard.writer.close if dashboard.writer else int)
+        if dashboard.is_shown and dashboard.is_live:
+            stack.enter_context(live.Live(get_renderable=dashboard.render))
         while not is_over and trainer.collect():
             trainer.update()
-            dashboard.log()
             mean = float(np.mean(trainer.returns)) if trainer.returns else -np.inf
-            reached = len(trainer.returns) >= 100 and mean >= args.target_return
-            wishes = torch.tensor([reached or trainer.stopping], dtype=torch.float32, device=trainer.device)
-            is_over = trainer.iteration == trainer.num_iterations or bool(reduce_sum(wishes))  # ranks end together
+            is_done = trainer.stopping or (len(trainer.returns) >= 100 and mean >= args.target_return)
+            wishes = reduce_sum(torch.tensor(float(is_done), device=trainer.device))  # ranks end together
+            is_over = trainer.iteration == trainer.num_iterations or wishes > 0
+            dashboard.log(is_over)
             if RANK == 0 and args.checkpoint_interval and trainer.iteration % args.checkpoint_interval == 0:
-                save(trainer, folder / "checkpoint.pt")
+                save(trainer, path)
             report(trainer.iteration, mean)
         if RANK == 0:
-            save(trainer, folder / "checkpoint.pt")
-    if RANK == 0 and not args.quiet:
-        print(f"Saved {folder}/checkpoint.pt: --resume goes on with it, --mode eval --resume plays it")
+            save(trainer, path)
+    if dashboard.is_shown:
+        print(f"Saved {path}: --resume goes on with it, --mode eval --resume plays it")
     if trainer.stopping:
         raise SystemExit(130)
     return mean
 
 
 def evaluate(args: Args) -> None:
-    """Play a checkpoint, print how it did, and record its first episode beside it."""
-    contents = load(args.resume)
+    """Play a checkpoint, print how it did, and record its first episode beside it: a video, or a cast of text screens."""
+    contents, frames = load(args.resume), []
     trainer = Trainer(dataclasses.replace(args, num_envs=1, vec="serial", env_batch_size=0, compile=False))
     with trainer.envs as envs:
         restore(trainer, contents)
         trainer.returns.clear()
         trainer.start()
-        frames, records = [], envs.render_mode in ("rgb_array", "ansi")
         while len(trainer.returns) < args.eval_episodes * envs.num_agents:
-            if records and not trainer.returns:
-                frames += [np.array(frame) if envs.render_mode == "rgb_array" else frame for frame in envs.render()]
+            if envs.render_mode and not trainer.returns:
+                frames.append(np.array(envs.render()[0]))
             trainer.act()
             trainer.receive()
-        path = record(frames, Path(args.resume).with_name("eval"), envs.metadata.get("render_fps", 30)) if frames else None
-    print(f"{len(trainer.returns)} episodes: return {np.mean(trainer.returns):.4g} +- {np.std(trainer.returns):.4g}")
-    print(f"Recorded {path}" if path else f"{args.env_id} cannot draw itself: nothing recorded")
-
-
-def record(frames: list, path: Path, fps: int) -> Path:
-    """Write pictures as a video, or screens of text as a cast, see https://docs.asciinema.org/manual/asciicast/v2."""
-    if not isinstance(frames[0], str):
+    returns, path = np.array(trainer.returns), Path(args.resume).with_name("eval")
+    if frames and frames[0].ndim:
         from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
 
-        ImageSequenceClip(frames, fps=fps).write_videofile(str(path.with_suffix(".mp4")), logger=None)
-        return path.with_suffix(".mp4")
-    lines = [json.dumps({"version": 2, "width": 80, "height": 24})]
-    for number, screen in enumerate(frames):
-        lines.append(json.dumps([number / 5, "o", "\033[H\033[2J" + screen.replace("\n", "\r\n")]))
-    path.with_suffix(".cast").write_text("\n".join(lines) + "\n")
-    return path.with_suffix(".cast")
+        path = path.with_suffix(".mp4")
+        ImageSequenceClip(frames, fps=envs.metadata.get("render_fps", 30)).write_videofile(str(path), logger=None)
+    elif frames:  # see https://docs.asciinema.org/manual/asciicast/v2
+        screens = ["\033[H\033[2J" + str(frame).replace("\n", "\r\n") for frame in frames]
+        events = [{"version": 2, "width": 80, "height": 24}, *[[at / 5, "o", text] for at, text in enumerate(screens)]]
+        path = path.with_suffix(".cast")
+        path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    print(f"{len(returns)} episodes: return {returns.mean():.4g} +- {returns.std():.4g}")
+    print(f"Recorded {path}" if frames else f"{args.env_id} cannot draw itself, so nothing was recorded")
 
 
 SEARCH = {  # from, to, and whether on a logarithmic scale
@@ -894,77 +825,64 @@ def sweep(args: Args, chosen: list[str]) -> None:
     study = optuna.create_study(storage=f"sqlite:///{folder}/study.db", **settings)
     for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # a kill ended it
+    ended = len([trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")])
 
     def objective(trial: optuna.Trial) -> float:
         for name, (low, high, log) in SEARCH.items():
-            if name in chosen:
-                suggest = trial.suggest_int if isinstance(low, int) else trial.suggest_float
-                setattr(args, name, suggest(name, low, high, log=log))
+            suggest = trial.suggest_int if isinstance(low, int) else trial.suggest_float
+            setattr(args, name, suggest(name, low, high, log=log) if name in chosen else getattr(args, name))
 
         def report(step: int, mean: float) -> None:
-            if np.isfinite(mean):
-                trial.report(mean, step)
-                if trial.should_prune():
-                    raise optuna.TrialPruned
+            trial.report(mean, step) if np.isfinite(mean) else None
+            if trial.should_prune():
+                raise optuna.TrialPruned
 
         return train(dataclasses.replace(args, quiet=True, exp_name=f"{args.exp_name}-{trial.number}"), report)
 
-    def tell(_: optuna.Study, trial: Any) -> None:
-        print(f"trial {trial.number} {trial.state.name.lower()}: return {trial.value:.4g} with {flags(trial.params)}", flush=True)
+    def tell(_: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        found = " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in trial.params.items())
+        print(f"trial {trial.number} {trial.state.name.lower()}: return {trial.value or np.nan:.4g} with {found}", flush=True)
 
-    ended = len([trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")])
     study.optimize(objective, n_trials=max(args.sweep_trials - ended, 0), callbacks=[tell])
     optuna.visualization.matplotlib.plot_optimization_history(study).figure.savefig(folder / "history.png")
-    print(f"Best of {len(study.trials)} trials: {study.best_value:.4g}, in {study.best_trial.number}; see {folder}/history.png")
-    print(f"python demo.py --env-id {args.env_id} {flags(study.best_params)}")
-
-
-def flags(arguments: dict[str, Any]) -> str:
-    """Write arguments as flags."""
-    names = {name: ("--" if value is not False else "--no-") + name.replace("_", "-") for name, value in arguments.items()}
-    return " ".join(
-        names[name] if isinstance(value, bool) else f"{names[name]} {value if isinstance(value, str) else f'{value:.4g}'}"
-        for name, value in arguments.items()
-    )
+    print(f"{len(study.trials)} trials, drawn in {folder}/history.png; the best:")
+    tell(study, study.best_trial)
 
 
 def autotune(args: Args, chosen: list[str]) -> None:
     """Measure ways to step this environment, policy included, and print the command of the fastest."""
     cores, deadline, results = len(os.sched_getaffinity(0)), time.perf_counter() + 50, []
-    sizes = sorted({8, 4 * cores, 16 * cores, 64 * cores}) if "num_envs" in chosen else [args.num_envs]
-    ways = [{"vec": "serial", "num_envs": count} for count in sizes]
-    for count, workers in ((count, workers) for count in sizes for workers in (cores, 2 * cores)):
-        if count % (2 * workers) == 0:
-            both = {"num_envs": count, "num_workers": workers}
-            ways += [both, {**both, "env_batch_size": count // 2}, {**both, "env_batch_size": count // 2, "zero_copy": False}]
+    counts = sorted({8, 4 * cores, 16 * cores, 64 * cores}) if "num_envs" in chosen else [args.num_envs]
+    pools = [(count, workers) for count in counts for workers in (cores, 2 * cores) if count % (2 * workers) == 0]
+    ways = [f"--vec serial --num-envs {count}" for count in counts]
+    for count, workers in pools:
+        pool = f"--vec multiprocessing --num-envs {count} --num-workers {workers}"
+        ways += [pool, f"{pool} --env-batch-size {count // 2}", f"{pool} --env-batch-size {count // 2} --no-zero-copy"]
     for way in ways:
-        if time.perf_counter() > deadline:
-            break
-        trainer = Trainer(dataclasses.replace(args, **way, use_lstm=False, num_steps=8, num_minibatches=1))
-        with trainer.envs:
-            trainer.start()
-            for seconds in (0.3, 1.0):  # the first to warm up
-                start, first = time.perf_counter(), trainer.global_step
-                while time.perf_counter() - start < seconds:
-                    trainer.act()
-                    trainer.receive()
-            speed = (trainer.global_step - first) / (time.perf_counter() - start)
-        results.append((speed, flags(way)))
-        print(f"{speed:10,.0f} steps/s with {flags(way)}", flush=True)
-    print(f"Fastest of {len(results)} of {len(ways)}: python demo.py --env-id {args.env_id} {max(results)[1]}")
+        if time.perf_counter() < deadline:
+            trainer = Trainer(tyro.cli(Args, args=[*way.split(), "--num-steps", "8"], default=args))
+            with trainer.envs:
+                trainer.start()
+                for seconds in (0.3, 1.0):  # the first to warm up
+                    start, first = time.perf_counter(), trainer.global_step
+                    while time.perf_counter() - start < seconds:
+                        trainer.act()
+                        trainer.receive()
+            results.append(((trainer.global_step - first) / (time.perf_counter() - start), way))
+            print("{:10,.0f} steps/s with {}".format(*results[-1]), flush=True)
+    print(f"Fastest of {len(results)} (of {len(ways)}): python demo.py --env-id {args.env_id} {max(results)[1]}")
 
 
 def main() -> None:
-    """Do what the command line says."""
     args = tyro.cli(Args)
     if args.resume:  # what its arguments say holds, unless a flag says otherwise
-        args = tyro.cli(Args, default=Args(**load(args.resume)["args"]))
+        args = tyro.cli(Args, default=load(args.resume)["args"])
     chosen = prepare(args)
     if WORLD_SIZE > 1:
         distributed.init_process_group(timeout=timedelta(minutes=5))
-    modes = {"train": train, "eval": evaluate}
-    modes[args.mode](args) if args.mode in modes else globals()[args.mode](args, chosen)
-    if distributed.is_initialized():
+    modes = {"train": train, "eval": evaluate, "sweep": partial(sweep, chosen=chosen)}
+    modes.get(args.mode, partial(autotune, chosen=chosen))(args)
+    if WORLD_SIZE > 1:
         distributed.destroy_process_group()
 
 
