@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -21,7 +20,6 @@ import yaml
 from gymnasium import spaces
 from rich.console import Console
 from running import ROOT, environment, run
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_scripts import running_in_group
 
 import demo
@@ -271,3 +269,254 @@ def test_actions_of_a_multi_discrete_space_are_several_categoricals():
     _, logprobs, entropies = policy.act(logits, actions)
     torch.testing.assert_close(logprobs, sum(head.log_prob(actions[..., at]) for at, head in enumerate(heads)))
     torch.testing.assert_close(entropies, sum(head.entropy() for head in heads))
+
+
+# -------------------------------------------------------------------------------------- updates, checkpoints, logging
+
+
+def updated(updates, **arguments):
+    with trainer_of("CartPole-v1", **arguments) as trainer:
+        for _ in range(updates):
+            trainer.collect()
+            trainer.update()
+        return trainer.policy.state_dict(), trainer.losses, list(trainer.returns)
+
+
+def test_one_seed_gives_one_result_bit_for_bit():
+    weights, losses, returns = updated(3, vec="multiprocessing", num_steps=32)
+    again, same_losses, same_returns = updated(3, num_steps=32)
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert losses == same_losses and returns == same_returns and returns
+    assert updated(3, num_steps=32, seed=2)[1] != losses
+
+
+def test_a_resumed_run_goes_on_with_its_schedule_counts_and_random_numbers(tmp_path):
+    with trainer_of("CartPole-v1", total_timesteps=10 * 32) as trainer:
+        for _ in range(4):
+            trainer.collect()
+            trainer.update()
+        demo.save(trainer, tmp_path / "checkpoint.pt")
+        drawn, rates = torch.rand(3), []
+        for _ in range(2):
+            trainer.collect()
+            trainer.update()
+            rates.append(trainer.optimizer.param_groups[0]["lr"])
+    contents = demo.load(str(tmp_path / "checkpoint.pt"))
+    with trainer_of("CartPole-v1", total_timesteps=10 * 32, seed=7) as resumed:
+        demo.restore(resumed, contents)
+        assert (resumed.iteration, resumed.global_step) == (4, 4 * 32 + 4)  # with the first observations
+        assert torch.equal(torch.rand(3), drawn)
+        moments = resumed.optimizer.state_dict()["state"][0]
+        assert moments["step"] == 4 * 4 * 4 and moments["exp_avg"].abs().sum() > 0
+        resumed.start()
+        for rate in rates:
+            resumed.collect()
+            resumed.update()
+            assert resumed.optimizer.param_groups[0]["lr"] == rate
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run from the command line, with its checkpoint."""
+    flags = ("--env-id", "MiniHack-Room-5x5-v0", "--num-envs", "4", "--num-steps", "32", "--total-timesteps", "512")
+    return run("demo.py", *flags, "--hidden-size", "16", "--num-workers", "2", "--checkpoint-interval", "1", "--no-cuda")
+
+
+def test_a_run_prints_logs_and_saves(finished):
+    assert finished.returncode == 0 and not finished.lines("\033"), finished.stderr
+    assert finished.lines("MiniHack-Room-5x5-v0 (nethack): total_timesteps") == []  # a flag was given
+    assert finished.lines("MiniHack-Room-5x5-v0 (nethack): ")
+    assert re.match(r"global_step=516 SPS=\d+ episodic_return=", finished.lines("global_step=")[-1])
+    tags = set(finished.events().Tags()["scalars"])
+    assert {"charts/SPS", "charts/learning_rate", "losses/value_loss", "losses/explained_variance"} <= tags
+    (path,) = finished.directory.glob("runs/*/checkpoint.pt")
+    assert torch.load(path, weights_only=True)["iteration"] == 4
+    assert not list(finished.directory.glob("runs/*/*.part"))
+
+
+def test_nethack_is_played_and_recorded_as_text(finished):
+    (path,) = finished.directory.glob("runs/*/checkpoint.pt")
+    played = run("demo.py", "--mode", "eval", "--resume", str(path), "--eval-episodes", "2")
+    assert re.search(r"^2 episodes: return -?[\d.]+ \+- [\d.]+$", played.stdout, re.MULTILINE), played.stderr
+    header, *events = [json.loads(line) for line in path.with_name("eval.cast").read_text().splitlines()]
+    assert header == {"version": 2, "width": 80, "height": 24}
+    assert [event[0] for event in events] == [at / 5 for at in range(len(events))]
+    assert all(event[1] == "o" and "@" in event[2] and "HP:" in event[2] for event in events)
+
+
+def test_atari_is_played_and_recorded_as_video(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = demo.Args(num_envs=2, num_steps=8, total_timesteps=16, vec="serial", quiet=True, cuda=False)
+    demo.prepare(args)
+    demo.train(args)
+    (path,) = tmp_path.glob("runs/*/checkpoint.pt")
+    demo.evaluate(dataclasses.replace(args, mode="eval", resume=str(path), eval_episodes=1))
+    assert "1 episodes: return" in capsys.readouterr().out
+    video = cv2.VideoCapture(str(path.with_name("eval.mp4")))
+    assert video.read()[1].shape == (210, 160, 3) and video.get(cv2.CAP_PROP_FRAME_COUNT) > 100
+
+
+WRONG = {
+    "--num-envs 0": "--num-envs 0: expected at least 1",
+    "--num-envs 6 --num-workers 4": "--num-workers 4: expected to divide --num-envs",
+    "--num-envs 8 --num-workers 4 --env-batch-size 3": "--env-batch-size 3: expected a multiple of a worker's 2",
+    "--num-envs 8 --num-workers 8 --env-batch-size 3": "--env-batch-size 3: expected to divide --num-envs",
+    "--num-envs 8 --env-batch-size 4": "--env-batch-size 4: expected --num-workers beside it",
+    "--use-lstm --num-steps 40": "--bptt-horizon 16: expected to divide --num-steps",
+    "--total-timesteps 100": "--total-timesteps 100: expected at least one update, 1024",
+    "--mode eval": "--mode eval: expected --resume CHECKPOINT beside it",
+    "--env-id CartPoll-v1": "--env-id CartPoll-v1: Environment `CartPoll` doesn't exist",
+    "--env-id nothing:here": "--env-id nothing:here: No module named 'nothing'",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_a_wrong_argument_is_told_in_a_line(flags):
+    args = tyro.cli(demo.Args, args=["--env-id", "CartPole-v1", *flags.split()])
+    with pytest.raises(SystemExit) as end:
+        demo.prepare(args)
+    assert str(end.value).startswith(WRONG[flags]) and "\n" not in str(end.value)
+
+
+def test_a_checkpoint_that_cannot_be_used_is_told_in_a_line(tmp_path):
+    with trainer_of("CartPole-v1") as trainer:
+        demo.save(trainer, tmp_path / "good.pt")
+    whole = (tmp_path / "good.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    for name in ("cut.pt", "other.pt", "missing.pt"):
+        with pytest.raises(SystemExit, match=r"--resume .*: expected a checkpoint of demo.py, cannot read it") as end:
+            demo.load(str(tmp_path / name))
+        assert "\n" not in str(end.value)
+    contents = demo.load(str(tmp_path / "good.pt"))
+    for env_id, arguments in {"Acrobot-v1": {}, "CartPole-v1": {"hidden_size": 8}}.items():
+        with trainer_of(env_id, **arguments) as trainer:
+            with pytest.raises(SystemExit, match="expected a checkpoint for") as end:
+                demo.restore(trainer, contents)
+            assert "\n" not in str(end.value)
+
+
+def started(directory, *flags):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "demo.py"), "--env-id", "CartPole-v1", "--no-cuda", *flags],
+        cwd=directory,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path):
+    """Killed as soon as a second checkpoint is being written beside the first."""
+    flags = ("--num-steps", "1", "--num-minibatches", "1", "--update-epochs", "1", "--checkpoint-interval", "1")
+    process = started(tmp_path, *flags, "--hidden-size", "1024", "--vec", "serial", "--num-envs", "1")
+    try:
+        (path,) = wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")))
+        before = demo.load(str(path))["iteration"]
+        for _ in range(200):
+            wait_for(lambda: path.with_suffix(".part").exists())
+            os.kill(process.pid, signal.SIGSTOP)  # to look at it in peace
+            if path.with_suffix(".part").exists():
+                break
+            os.kill(process.pid, signal.SIGCONT)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        part = path.with_suffix(".part")
+        assert part.exists()  # it was in the middle of writing
+        assert demo.load(str(path))["iteration"] >= before
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_ctrl_c_saves_and_leaves_no_process(tmp_path):
+    process = started(tmp_path, "--num-steps", "32", "--num-workers", "2", "--checkpoint-interval", "0")
+    try:
+        assert any(line.startswith("global_step=") for line in process.stdout)
+        os.killpg(process.pid, signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=30)
+        wait_for(lambda: not running_in_group(process.pid), 5)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in stderr
+    (path,) = tmp_path.glob("runs/*/checkpoint.pt")
+    assert demo.load(str(path))["iteration"] > 0
+    assert f"Saved {path.relative_to(tmp_path)}" in stdout
+
+
+def test_the_dashboard_shows_where_a_run_stands(tmp_path):
+    with trainer_of("CartPole-v1", num_steps=32, total_timesteps=1280) as trainer:
+        dashboard = demo.Dashboard(trainer, tmp_path)
+        for _ in range(3):
+            trainer.collect()
+            trainer.update()
+            dashboard.log(is_last=False)
+        console = Console(width=140, record=True, file=open(os.devnull, "w"))
+        console.print(dashboard.render())
+        text = console.export_text()
+        dashboard.writer.close()
+    step, loss = f"{trainer.global_step:,} of 1,280 steps", f"{trainer.losses['value_loss']:.3g}"
+    for part in ("CartPole-v1", step, loss, "env wait", "inference", "update", "copies", "CPU", "GiB", "entropy", "left"):
+        assert part in text
+    assert f"{np.mean(trainer.returns):.4g}" in text and set("▁█") & set(text)
+
+
+# -------------------------------------------------------------------------------------------------- sweep and autotune
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_parameters_of_sweeps_are_flags(path):
+    config = yaml.safe_load(path.read_text())
+    assert config["program"] == "demo.py" and config["metric"]["name"] == "charts/episodic_return"
+    fixed = [word for word in config["command"] if not word.startswith("${")]
+    for pick in (0, -1):
+        drawn = {}
+        for name, rule in config["parameters"].items():
+            drawn[name] = rule.get("values", [rule.get("value", rule.get("min")), rule.get("value", rule.get("max"))])[pick]
+        args = tyro.cli(demo.Args, args=[*fixed, *[f"--{name}={value}" for name, value in drawn.items()]])
+        assert {name: getattr(args, name) for name in drawn} == drawn and args.track
+        demo.prepare(args)
+
+
+def test_a_sweep_that_was_killed_goes_on(tmp_path):
+    flags = ("--mode", "sweep", "--sweep-trials", "4", "--num-steps", "16", "--total-timesteps", "512", "--vec", "serial")
+    process = started(tmp_path, *flags)
+    assert any(line.startswith("trial 1 ") for line in process.stdout)
+    process.kill()
+    process.communicate()
+    again = started(tmp_path, *flags)
+    stdout, stderr = again.communicate(timeout=100)
+    assert again.returncode == 0, stderr
+    ended = [line for line in stdout.splitlines() if line.startswith("trial ")]
+    assert len(ended) == 2 + 1  # the other two, and the best of all
+    assert not any("--num-steps" in line for line in ended)  # a flag is not searched over
+    arguments = ended[-1].partition(" with ")[2]
+    assert tyro.cli(demo.Args, args=arguments.split()).learning_rate > 0
+    picture = cv2.imread(str(next(tmp_path.glob("runs/sweep__*/history.png"))))
+    assert picture.std() > 0
+
+
+def test_autotune_measures_and_names_a_command(capsys):
+    args = demo.Args(env_id="CartPole-v1", mode="autotune", num_envs=4, cuda=False, quiet=True)
+    demo.autotune(args, demo.prepare(args))
+    *measured, last = capsys.readouterr().out.splitlines()
+    speeds = {line.partition(" with ")[2]: float(line.split()[0].replace(",", "")) for line in measured}
+    assert len(speeds) >= 4 and min(speeds.values()) > 0
+    command = last.partition(": ")[2]
+    assert command.startswith("python demo.py --env-id CartPole-v1 --vec ")
+    assert max(speeds, key=speeds.get) in command
+    demo.prepare(tyro.cli(demo.Args, args=shlex.split(command)[2:]))
+
+
+def test_the_file_is_short_enough_to_be_read():
+    assert len((ROOT / "demo.py").read_text().splitlines()) <= 750
