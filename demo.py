@@ -68,7 +68,7 @@ class Args:
     gamma: float | None = None  # discount of later rewards
     gae_lambda: float | None = None  # lambda of the generalized advantage estimation
     clip_coef: float | None = None  # how far the new policy's probability ratio may pay off, either way from 1
-    clip_vloss: bool = True  # clip the value function's change too
+    clip_vloss: bool | None = None  # clip the value function's change too
     ent_coef: float | None = None  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
@@ -92,12 +92,12 @@ class Args:
 
 # What holds where no flag is given, by the kind of environment; for images it is what puffer_ppo_atari.py has.
 COMMON = {
-    **{"total_timesteps": 1_000_000, "num_envs": 8, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4},
-    **{"gamma": 0.99, "gae_lambda": 0.95, "clip_coef": 0.2, "ent_coef": 0.01, "learning_rate": 1e-3},
-    **{"hidden_size": 128, "reward_scale": 1.0},
+    **{"total_timesteps": 10_000_000, "num_envs": 8, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4},
+    **{"learning_rate": 1e-3, "gamma": 0.99, "gae_lambda": 0.95, "clip_coef": 0.2, "clip_vloss": False},
+    **{"ent_coef": 0.01, "reward_scale": 1.0, "hidden_size": 128},
 }
 PRESETS = {
-    "images": {"total_timesteps": 10_000_000, "learning_rate": 2.5e-4, "clip_coef": 0.1, "hidden_size": 512},
+    "images": {"hidden_size": 512, "learning_rate": 2.5e-4, "clip_coef": 0.1, "clip_vloss": True},
     "nethack": {"hidden_size": 256},
     "continuous": {"ent_coef": 0.0, "update_epochs": 10, "reward_scale": 0.1},
     "discrete": {"learning_rate": 2.5e-3},
@@ -119,9 +119,9 @@ def prepare(args: Args) -> list[str]:
     for name, is_right, expected in (
         *[(name, getattr(args, name) > 0, "at least 1") for name in (*counts, "eval_episodes", "sweep_trials")],
         ("num_workers", args.num_workers >= 0 and envs % (args.num_workers or 1) == 0, "to divide --num-envs"),
-        ("env_batch_size", 0 <= batch <= envs, f"at most --num-envs {envs}"),
         ("env_batch_size", is_sync or (args.num_workers and args.vec != "serial"), "--num-workers beside it"),
         ("env_batch_size", is_sync or batch % per_worker == 0, f"a multiple of a worker's {per_worker} environments"),
+        ("env_batch_size", is_sync or batch < envs, f"at most --num-envs {envs}"),
         ("env_batch_size", is_sync or not args.zero_copy or envs % batch == 0, "to divide --num-envs"),
         ("bptt_horizon", not args.use_lstm or args.num_steps % args.bptt_horizon == 0, "to divide --num-steps"),
         ("total_timesteps", args.total_timesteps >= least, f"at least one update, {least}"),
@@ -149,8 +149,8 @@ class NetHack(gym.Wrapper):
         return self.env.reset(options=options)
 
     def render(self) -> str:
-        keys, screen = self.unwrapped._observation_keys, self.unwrapped.last_observation
-        return sys.modules["nle.nethack"].tty_render(*[screen[keys.index(key)] for key in SCREEN_KEYS])
+        screen = dict(zip(self.unwrapped._observation_keys, self.unwrapped.last_observation))
+        return sys.modules["nle.nethack"].tty_render(*[screen[key] for key in SCREEN_KEYS]).strip("\n")
 
 
 def make_env(env_id: str, render: bool = False) -> Any:
@@ -193,7 +193,6 @@ def is_image(space: spaces.Space) -> bool:
 
 
 def kind_of(space: spaces.Space, action_space: spaces.Space) -> str:
-    """Name the kind of an environment, one of PRESETS."""
     if is_image(space):
         return "images"
     if isinstance(space, spaces.Dict) and set(NETHACK_KEYS) <= set(space):
@@ -253,13 +252,11 @@ class NetHackNet(nn.Module):
 
 def convolutions(*layers: tuple[int, int, int]) -> nn.Sequential:
     """Return convolutions of so many channels, kernel size and stride."""
-    pairs = [(nn.LazyConv2d(*layer), nn.ReLU()) for layer in layers]
-    return nn.Sequential(*[module for pair in pairs for module in pair], nn.Flatten())
+    return nn.Sequential(*[part for layer in layers for part in (nn.LazyConv2d(*layer), nn.ReLU())], nn.Flatten())
 
 
 def symlog(x: torch.Tensor) -> torch.Tensor:
-    """Bring numbers of any size near 1."""
-    return x.sign() * x.float().abs().log1p()
+    return x.sign() * x.float().abs().log1p()  # brings numbers of any size near 1
 
 
 class Policy(nn.Module):
@@ -297,8 +294,7 @@ class Policy(nn.Module):
     def forward(self, x: torch.Tensor, state: Any, starts: torch.Tensor, actions: Any = None) -> tuple:
         """Follow sequences of rows `(batch, time, *row)` from a `state`, which is forgotten wherever one `starts`.
 
-        Returns actions `(batch, time, parts)`, sampled if none are given; their log-probabilities, entropies and values
-        `(batch, time)`; and the last state `(batch, 2 * width)`.
+        Returns actions (sampled if none are given), their log-probabilities, entropies, values, and the last state.
         """
         rows, num_steps = x.flatten(0, 1), x.shape[1]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_bf16):
@@ -434,13 +430,11 @@ class Trainer:
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
-        """Add up where the time goes."""
         start = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - start
 
     def start(self) -> None:
-        """Reset all environments, and every agent's memory."""
         count = self.envs.num_agents
         self.state = torch.zeros(count, 2 * self.args.hidden_size, device=self.device)
         self.alive, self.team_sums = np.zeros(count, bool), np.zeros((2, count))
@@ -539,7 +533,6 @@ class Trainer:
         return index
 
     def update(self) -> None:
-        """Learn from the segments that are complete."""
         args, experience, sums = self.args, self.experience, torch.zeros(6, device=self.device)
         with self.clock("update"):
             index = self.prepare()
@@ -677,7 +670,6 @@ class Dashboard:
             self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *lines]))
 
     def log(self, is_last: bool) -> None:
-        """Note what the last update has brought."""
         trainer, now = self.trainer, time.perf_counter()
         self.speeds.append((trainer.global_step - self.last_step) / (now - self.last))
         self.last, self.last_step = now, trainer.global_step
@@ -697,7 +689,6 @@ class Dashboard:
             print(f"{step} {losses} left={self.left}", flush=True)
 
     def render(self) -> panel.Panel:
-        """Draw the screen."""
         trainer, memory, gib = self.trainer, psutil.virtual_memory(), 2**30
         speed = {"SPS": f"{self.speeds[-1]:,.0f}" if self.speeds else "", "": sparkline(self.speeds)}
         speed |= {"CPU": f"{psutil.cpu_percent():.0f}%", "memory": f"{memory.used / gib:.1f}/{memory.total / gib:.0f} GiB"}
@@ -711,29 +702,20 @@ class Dashboard:
         shares = {name: own / sum(seconds.values()) for name, own in seconds.items()}
         times = {name: f"{'█' * round(10 * own)} {own:4.0%}" for name, own in shares.items()}
         losses = {name.replace("_", " "): f"{value:.3g}" for name, value in trainer.losses.items()}
-        top, columns = table.Table.grid(padding=(0, 1), expand=True), table.Table.grid(expand=True)
-        for ratio in (None, 1, None):
-            top.add_column(ratio=ratio)
-        share = min(1.0, trainer.global_step / self.total)
-        bar = progress_bar.ProgressBar(1.0, share, complete_style="cyan")
+        share, boxes = min(1.0, trainer.global_step / self.total), []
+        top, columns = table.Table.grid("", table.Column(ratio=1), "", padding=(0, 1), expand=True), table.Table.grid(expand=True)
         steps = f"[bold]{trainer.global_step:,}[/] of {self.total:,} steps, [bold cyan]{self.left}[/] left"
-        top.add_row(f"[bold cyan]{share:4.0%}", bar, steps)
-        boxes = []
-        for title, rows, color in zip(
-            ("episodes", "speed", "time", "losses"),
-            (episodes, speed, times, losses),
-            ("green", "cyan", "yellow", "magenta"),
-        ):
-            grid = table.Table.grid(padding=(0, 1), expand=True)
-            grid.add_column(style="dim", no_wrap=True)
-            grid.add_column(justify="right", style=color, no_wrap=True)
+        top.add_row(f"[bold cyan]{share:4.0%}", progress_bar.ProgressBar(1.0, share, complete_style="cyan"), steps)
+        contents = {"episodes": (episodes, "green"), "speed": (speed, "cyan"), "time": (times, "yellow")}
+        for title, (rows, color) in (contents | {"losses": (losses, "magenta")}).items():
+            value = table.Column(justify="right", style=color, no_wrap=True)
+            grid = table.Table.grid(table.Column(style="dim", no_wrap=True), value, padding=(0, 1), expand=True)
             for row in list(rows.items())[:7]:
                 grid.add_row(*row)
             columns.add_column(ratio=1)
             boxes.append(panel.Panel(grid, title=title, title_align="left", border_style=color, height=9))
         columns.add_row(*boxes)
-        title = f"[bold]{self.args.env_id}[/] on {trainer.device}, {self.args.precision}"
-        both = console.Group(top, columns)
+        title, both = f"[bold]{self.args.env_id}[/] on {trainer.device}, {self.args.precision}", console.Group(top, columns)
         return panel.Panel(both, title=title, subtitle="Ctrl-C saves and stops", border_style="blue")
 
 
@@ -750,28 +732,28 @@ def train(args: Args, report: Callable[[int, float], None] = lambda step, mean: 
         trainer.stopping = True
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
 
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     with contextlib.ExitStack() as stack, trainer.envs:
-        stack.callback(lambda: [signal.signal(number, handler) for number, handler in handlers.items()])
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, stop))
         if contents:
             restore(trainer, contents)
         trainer.start()
         dashboard, is_over = Dashboard(trainer, path.parent), trainer.iteration >= trainer.num_iterations
-        stack.callback(dashboard.writer.close if dashboard.writer else int)
         if dashboard.is_shown and dashboard.is_live:
             stack.enter_context(live.Live(get_renderable=dashboard.render))
         while not is_over and trainer.collect():
             trainer.update()
             mean = float(np.mean(trainer.returns)) if trainer.returns else -np.inf
             is_done = trainer.stopping or (len(trainer.returns) >= 100 and mean >= args.target_return)
-            wishes = reduce_sum(torch.tensor(float(is_done), device=trainer.device))  # ranks end together
-            is_over = trainer.iteration == trainer.num_iterations or wishes > 0
+            is_done = reduce_sum(torch.tensor(float(is_done), device=trainer.device)) > 0  # ranks end together
+            is_over = bool(is_done) or trainer.iteration == trainer.num_iterations
             dashboard.log(is_over)
             if RANK == 0 and args.checkpoint_interval and trainer.iteration % args.checkpoint_interval == 0:
                 save(trainer, path)
             report(trainer.iteration, mean)
         if RANK == 0:
             save(trainer, path)
+            dashboard.writer.close()
     if dashboard.is_shown:
         print(f"Saved {path}: --resume goes on with it, --mode eval --resume plays it")
     if trainer.stopping:
