@@ -39,8 +39,6 @@ import puffer_core
 WORLD_SIZE, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # torchrun sets them
 
 # ---------------------------------------------------------------------------------------------------------- arguments
-
-
 @dataclasses.dataclass
 class Args:
     """Train an agent on any environment; watch one play; search hyperparameters; find the fastest way to step."""
@@ -53,13 +51,11 @@ class Args:
     exp_name: str = "demo"  # a part of the run's name
     resume: str | None = None  # checkpoint to go on with, or to play; its arguments hold where no flag is given
     quiet: bool = False  # print nothing but errors
-
     vec: Literal["multiprocessing", "serial"] = "multiprocessing"  # step environments in workers, or in this process
     num_envs: int | None = None  # environments of each rank
     num_workers: int = 0  # processes that share them, 0 for what the cores allow
     env_batch_size: int = 0  # environments that are waited for at a time, the first that are ready; 0 for all
     zero_copy: bool = True  # take neighbors' rows as they lie in shared memory; otherwise anyone's, copied
-
     num_steps: int | None = None  # steps of each agent that an update learns from
     num_minibatches: int | None = None  # parts that they are split into
     update_epochs: int | None = None  # times that each is used
@@ -74,14 +70,12 @@ class Args:
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     norm_adv: bool = True  # give the advantages of every minibatch mean 0 and deviation 1
     reward_scale: float | None = None  # what rewards are multiplied by before the agent learns from them
-
     hidden_size: int | None = None  # width of the layer that actor and critic read
     use_lstm: bool = False  # give the agent a memory
     bptt_horizon: int = 16  # steps that gradients flow back through the memory, a divisor of num_steps
     cuda: bool = True  # train on the GPU if there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the forward pass; auto: bf16 where the hardware has it
     compile: bool = False  # torch.compile the network
-
     checkpoint_interval: int = 50  # updates between two checkpoints, 0 for one at the end only
     eval_episodes: int = 10  # episodes that --mode eval plays
     sweep_trials: int = 20  # trials of --mode sweep in all, those of earlier calls counted
@@ -135,7 +129,6 @@ def prepare(args: Args) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------- environments
-
 NETHACK_KEYS = ("glyphs", "blstats", "message")  # what its network reads
 SCREEN_KEYS = ("tty_chars", "tty_colors", "tty_cursor")
 
@@ -201,8 +194,6 @@ def kind_of(space: spaces.Space, action_space: spaces.Space) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
-
-
 class Leaf(nn.Module):
     """Reads pictures by the convolutions of Mnih et al. 2015; categories one-hot, bytes from 0 to 1, others near 1."""
 
@@ -330,8 +321,6 @@ class Policy(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------------- experience
-
-
 class Experience:
     """Transitions by agent row: whoever comes when, each row has a time line of its own, in segments of `num_steps`.
 
@@ -376,11 +365,8 @@ class Experience:
 
 
 def estimate_advantages(rewards, values, next_values, terminated, ended, valid, gamma, gae_lambda) -> torch.Tensor:
-    """Return the generalized advantages of segments `(rows, time)`, see Schulman et al. 2016; 0 where not `valid`.
-
-    An end cuts off what comes later, but for the value of what came next: `next_values`, which of a truncated episode
-    is that of its last observation. A termination cuts off that too.
-    """
+    """Return the generalized advantages of segments `(rows, time)`, see Schulman et al. 2016; 0 where not `valid`."""
+    # An end cuts off what comes later, but for the value of the last observation; a termination cuts off that too
     deltas = rewards + gamma * next_values.masked_fill(terminated, 0.0) - values
     advantages = deltas.masked_fill(~valid, 0.0).T.contiguous()
     decays = (gamma * gae_lambda * (valid & ~ended)).T.contiguous()
@@ -390,8 +376,6 @@ def estimate_advantages(rewards, values, next_values, terminated, ended, valid, 
 
 
 # -------------------------------------------------------------------------------------------------------- the trainer
-
-
 def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over all ranks, in place."""
     if distributed.is_initialized():
@@ -409,17 +393,16 @@ class Trainer:
         if torch.cuda.is_available() and args.cuda:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
-        if args.precision == "auto":  # a CPU without these instructions takes ten times as long as with fp32
-            cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-            has_bf16 = self.device.type == "cuda" or "amx_bf16" in cpu or "avx512_bf16" in cpu
-            args.precision = "bf16" if has_bf16 else "fp32"
+        if args.precision == "auto":  # where a CPU lacks these instructions, bf16 takes ten times as long as fp32
+            cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+            args.precision = "bf16" if "bf16" in cpu or self.device.type == "cuda" else "fp32"
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(args.seed)  # all ranks begin with the same weights
         env_fns = [partial(make_env, args.env_id, render=args.mode == "eval")] * args.num_envs
         pool = {"num_workers": args.num_workers or None, "batch_size": args.env_batch_size or None}
         make = puffer_core.Serial if args.vec == "serial" else partial(puffer_core.Multiprocessing, **pool)
         self.envs = envs = make(env_fns, zero_copy=args.zero_copy)
-        self.made_for = f"observations {envs.layout.space} and actions {envs.single_action_space}"
+        self.made_for = f"{envs.layout.space}, {envs.single_action_space}, {args.hidden_size=}, {args.use_lstm=}"
         self.num_iterations = args.total_timesteps // (envs.num_agents * args.num_steps * WORLD_SIZE)
         self.policy = Policy(envs.layout, envs.single_action_space, args).to(self.device)
         self.model = torch.compile(self.policy) if args.compile else self.policy
@@ -448,6 +431,7 @@ class Trainer:
             self.receive()
         return is_due
 
+    @torch.no_grad()
     def receive(self) -> None:
         """Take the next batch: it completes its rows' last transitions, and brings their next observations."""
         with self.clock("env wait"):
@@ -467,19 +451,16 @@ class Trainer:
             self.row_ids, self.index, self.previous, starts = packed[: ids.nbytes].view(torch.int64).view(ids.shape)
             self.starts, dtype = starts.bool(), experience.observations.dtype
             self.observations = packed[ids.nbytes :].view(dtype).view(batch.observations.shape)
-            truncated = np.flatnonzero(ended & goes_on & ~batch.terminations)
-            self.bootstraps = self.bootstrap(batch.infos["final_obs"], truncated) if truncated.size else None
+            self.bootstraps, truncated = None, np.flatnonzero(ended & goes_on & ~batch.terminations)
+            if truncated.size:  # the values of their last observations are what these episodes would have had yet
+                last = torch.as_tensor(np.stack(batch.infos["final_obs"][truncated]), device=self.device)
+                where = torch.as_tensor(truncated, device=self.device)
+                starts = torch.zeros(len(where), 1, dtype=torch.bool, device=self.device)
+                self.bootstraps = where, self.policy(last[:, None], self.state[self.row_ids[where]], starts)[3][:, 0]
         self.global_step += len(self.rows) * WORLD_SIZE
         for episode in self.finished_episodes(batch):
             self.returns.append(episode.pop("r"))
             self.num_episodes, self.episode = self.num_episodes + 1, episode
-
-    @torch.no_grad()
-    def bootstrap(self, final_obs: np.ndarray, truncated: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which of the batch's rows saw their episodes cut off, and the values of their last observations."""
-        where, obs = (torch.as_tensor(x, device=self.device) for x in (truncated, np.stack(final_obs[truncated])))
-        starts = torch.zeros(len(where), 1, dtype=torch.bool, device=self.device)
-        return where, self.policy(obs[:, None], self.state[self.row_ids[where]], starts)[3][:, 0]
 
     def finished_episodes(self, batch: puffer_core.Batch) -> Iterator[dict[str, float]]:
         """Yield statistics of episodes that have ended: of whole games from infos, of a team's agents from rewards."""
@@ -593,8 +574,6 @@ class Trainer:
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
-
-
 def save(trainer: Trainer, path: Path) -> None:
     """Write a checkpoint beside the last one and put it in its place: a kill at any time leaves one of the two."""
     name, numbers, *rest = np.random.get_state()
@@ -621,12 +600,9 @@ def load(path: str) -> dict[str, Any]:
 
 def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
     """Go on from a checkpoint; ends with one line if it is of another environment or network."""
-    start, saved = f"--resume {trainer.args.resume}: expected a checkpoint for", contents["args"]
     if trainer.made_for != contents["made_for"]:
-        raise SystemExit(f"{start} {trainer.made_for}, this one is for {contents['made_for']}")
-    for name in ("use_lstm", "hidden_size"):
-        if getattr(trainer.args, name) != getattr(saved, name):
-            raise SystemExit(f"{start} {name}={getattr(trainer.args, name)}, this one has {getattr(saved, name)}")
+        wanted = f"expected a checkpoint for {trainer.made_for}, this one is for {contents['made_for']}"
+        raise SystemExit(f"--resume {trainer.args.resume}: {wanted}")
     for name in ("policy", "optimizer"):
         getattr(trainer, name).load_state_dict(contents[name])
     for name in ("iteration", "global_step", "num_episodes"):
@@ -641,8 +617,6 @@ def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ the dashboard
-
-
 def sparkline(values: list[float], width: int = 16) -> str:
     """Draw the last numbers as a line of blocks."""
     means = np.array([part.mean() for part in np.array_split(np.array(values[-200:]), width) if len(part)])
@@ -720,8 +694,6 @@ class Dashboard:
 
 
 # -------------------------------------------------------------------------------------------------------------- modes
-
-
 def train(args: Args, report: Callable[[int, float], None] = lambda step, mean: None) -> float:
     """Train an agent; returns the mean of its last 100 returns, of which `report` hears after every update."""
     contents, trainer, mean = load(args.resume) if args.resume else None, Trainer(args), -np.inf
@@ -774,11 +746,10 @@ def evaluate(args: Args) -> None:
                 frames.append(np.array(envs.render()[0]))
             trainer.act()
             trainer.receive()
-    returns, path = np.array(trainer.returns), Path(args.resume).with_name("eval")
+    returns, path = np.array(trainer.returns), Path(args.resume).with_name("eval.mp4")
     if frames and frames[0].ndim:
         from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
 
-        path = path.with_suffix(".mp4")
         ImageSequenceClip(frames, fps=envs.metadata.get("render_fps", 30)).write_videofile(str(path), logger=None)
     elif frames:  # see https://docs.asciinema.org/manual/asciicast/v2
         screens = ["\033[H\033[2J" + str(frame).replace("\n", "\r\n") for frame in frames]
@@ -823,7 +794,8 @@ def sweep(args: Args, chosen: list[str]) -> None:
 
     def tell(_: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         found = " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in trial.params.items())
-        print(f"trial {trial.number} {trial.state.name.lower()}: return {trial.value or np.nan:.4g} with {found}", flush=True)
+        result = f"trial {trial.number} {trial.state.name.lower()}: return {trial.value or np.nan:.4g}"
+        print(f"{result} with {found}", flush=True)
 
     study.optimize(objective, n_trials=max(args.sweep_trials - ended, 0), callbacks=[tell])
     optuna.visualization.matplotlib.plot_optimization_history(study).figure.savefig(folder / "history.png")
