@@ -9,6 +9,7 @@ Read on: arguments, environments, networks, experience, the trainer, checkpoints
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import random
@@ -88,12 +89,12 @@ class Args:
 COMMON = {
     **{"total_timesteps": 10_000_000, "num_envs": 8, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4},
     **{"learning_rate": 1e-3, "gamma": 0.99, "gae_lambda": 0.95, "clip_coef": 0.2, "clip_vloss": False},
-    **{"ent_coef": 0.01, "reward_scale": 1.0, "hidden_size": 128},
+    **{"ent_coef": 0.01, "reward_scale": 0.1, "hidden_size": 128},
 }
 PRESETS = {
-    "images": {"hidden_size": 512, "learning_rate": 2.5e-4, "clip_coef": 0.1, "clip_vloss": True},
-    "nethack": {"hidden_size": 256},
-    "continuous": {"ent_coef": 0.0, "update_epochs": 10, "reward_scale": 0.1},
+    "images": {"hidden_size": 512, "learning_rate": 2.5e-4, "clip_coef": 0.1, "clip_vloss": True, "reward_scale": 1.0},
+    "nethack": {"hidden_size": 256, "reward_scale": 1.0},
+    "continuous": {"ent_coef": 0.0, "update_epochs": 10},
     "discrete": {"learning_rate": 2.5e-3},
 }
 
@@ -171,12 +172,16 @@ def make_env(env_id: str, render: bool = False) -> Any:
 
 
 def leaves_of(space: spaces.Space, value: Any = None) -> Iterator[tuple[spaces.Space, Any]]:
-    """Walk over the leaves of a space and, beside them, those of an observation."""
-    if isinstance(space, (spaces.Dict, spaces.Tuple)):
-        for key in space if isinstance(space, spaces.Dict) else range(len(space)):
-            yield from leaves_of(space[key], None if value is None else value[key])
-    else:
+    """Walk over the leaves of a space and, beside them, those of an observation; NetHack's Dict is one."""
+    if not isinstance(space, (spaces.Dict, spaces.Tuple)) or is_nethack(space):
         yield space, value
+        return
+    for key in space if isinstance(space, spaces.Dict) else range(len(space)):
+        yield from leaves_of(space[key], None if value is None else value[key])
+
+
+def is_nethack(space: spaces.Space) -> bool:
+    return isinstance(space, spaces.Dict) and set(NETHACK_KEYS) <= set(space)
 
 
 def is_image(space: spaces.Space) -> bool:
@@ -186,10 +191,8 @@ def is_image(space: spaces.Space) -> bool:
 
 
 def kind_of(space: spaces.Space, action_space: spaces.Space) -> str:
-    if is_image(space):
-        return "images"
-    if isinstance(space, spaces.Dict) and set(NETHACK_KEYS) <= set(space):
-        return "nethack"
+    if is_image(space) or is_nethack(space):
+        return "images" if is_image(space) else "nethack"
     return "continuous" if isinstance(action_space, spaces.Box) else "discrete"
 
 
@@ -208,23 +211,13 @@ class Leaf(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_image:
-            return self.network(x.permute(self.order).to(torch.float32, memory_format=torch.channels_last) * (1 / 255.0))
+            x = x.permute(self.order).to(torch.float32, memory_format=torch.channels_last)
+            return self.network(x * (1 / 255.0))
         if self.sizes:  # the rows of absent agents are zero, which may be no category
             columns = (x.reshape(len(x), -1).long() - self.start).clamp(min=0).unbind(1)
             parts = [F.one_hot(column, size) for column, size in zip(columns, self.sizes)]
             return self.network(torch.cat(parts, dim=1).float())
         return self.network((x / 255.0 if self.space.dtype == np.uint8 else symlog(x)).reshape(len(x), -1))
-
-
-class Leaves(nn.Module):
-    """Reads any structure: what its leaves say is summed up."""
-
-    def __init__(self, space: spaces.Space, width: int):
-        super().__init__()
-        self.space, self.leaves = space, nn.ModuleList(Leaf(leaf, width) for leaf, _ in leaves_of(space))
-
-    def forward(self, x: Any) -> torch.Tensor:
-        return sum(read(leaf) for read, (_, leaf) in zip(self.leaves, leaves_of(self.space, x)))
 
 
 class NetHackNet(nn.Module):
@@ -255,18 +248,17 @@ class Policy(nn.Module):
 
     def __init__(self, layout: puffer_core.Layout, action_space: spaces.Space, args: Args):
         super().__init__()
-        self.layout, self.action_space, width = layout, action_space, args.hidden_size
-        flat, kind = layout.flat_space, kind_of(layout.space, action_space)
-        # A row that has floats only is read as one leaf
-        self.is_flat = all(isinstance(leaf, spaces.Box) and leaf.dtype.kind == "f" for leaf, _ in leaves_of(layout.space))
-        first = (NetHackNet if kind == "nethack" else Leaves)(flat if self.is_flat else layout.space, width)
-        rest = [nn.ReLU()] if kind in ("images", "nethack") else [nn.Tanh(), nn.Linear(width, width), nn.Tanh()]
-        self.encoder = nn.Sequential(first, *rest)
+        self.layout, self.action_space, width, flat = layout, action_space, args.hidden_size, layout.flat_space
+        readers = [(NetHackNet if is_nethack(leaf) else Leaf)(leaf, width) for leaf, _ in leaves_of(layout.space)]
+        is_deep = is_image(layout.space) or is_nethack(layout.space)
+        rest = [nn.ReLU()] if is_deep else [nn.Tanh(), nn.Linear(width, width), nn.Tanh()]
+        self.readers, self.rest = nn.ModuleList(readers), nn.Sequential(*rest)
         self.memory = nn.LSTMCell(width, width) if args.use_lstm else None
         if isinstance(action_space, spaces.Box):  # -1 and 1 are the bounds, where there are any
             low, high = action_space.low.ravel(), action_space.high.ravel()
             is_bounded = np.isfinite(low) & np.isfinite(high)
-            self.center, self.radius = np.where(is_bounded, [low / 2 + high / 2, high / 2 - low / 2], [[0.0], [1.0]])
+            low, high = np.where(is_bounded, [low, high], [[-1.0], [1.0]])
+            self.center, self.radius = (high + low) / 2, (high - low) / 2
             self.log_std, sizes = nn.Parameter(torch.zeros(len(low))), len(low)
         else:  # one choice or several, each from a handful
             sizes = getattr(action_space, "nvec", getattr(action_space, "n", None))
@@ -289,8 +281,9 @@ class Policy(nn.Module):
         """
         rows, num_steps = x.flatten(0, 1), x.shape[1]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_bf16):
-            rows = rows if self.is_flat else self.layout.unflatten(rows)
-            hidden, outputs = self.encoder(rows).unflatten(0, (-1, num_steps)), []
+            leaves = [leaf for _, leaf in leaves_of(self.layout.space, self.layout.unflatten(rows))]
+            summed = sum(read(leaf) for read, leaf in zip(self.readers, leaves))  # as one layer over all of them would
+            hidden, outputs = self.rest(summed).unflatten(0, (-1, num_steps)), []
             for step in range(num_steps) if self.memory else ():
                 state = state.masked_fill(starts[:, step, None], 0.0)
                 output, cell = self.memory(hidden[:, step], state.chunk(2, dim=1))
@@ -469,7 +462,7 @@ class Trainer:
         for at in np.flatnonzero(batch.terminations | batch.truncations if is_team else infos.get("_episode", False)):
             sums = dict(zip("rl", self.team_sums[:, self.rows[at]].tolist()))
             numbers = {} if is_team else {key: values[at] for key, values in infos["episode"].items() if key[0] != "_"}
-            yield {key: float(value) for key, value in (sums | numbers).items()}
+            yield {key: float(value) for key, value in (sums | numbers).items() if key != "t"}
             self.team_sums[:, self.rows[at]] = 0
 
     @torch.no_grad()
@@ -617,7 +610,7 @@ def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ the dashboard
-def sparkline(values: list[float], width: int = 16) -> str:
+def sparkline(values: list[float], width: int = 12) -> str:
     """Draw the last numbers as a line of blocks."""
     means = np.array([part.mean() for part in np.array_split(np.array(values[-200:]), width) if len(part)])
     heights = (means - means.min()) / (np.ptp(means) or 1.0) * 7 if len(means) else []
@@ -665,40 +658,43 @@ class Dashboard:
     def render(self) -> panel.Panel:
         trainer, memory, gib = self.trainer, psutil.virtual_memory(), 2**30
         speed = {"SPS": f"{self.speeds[-1]:,.0f}" if self.speeds else "", "": sparkline(self.speeds)}
-        speed |= {"CPU": f"{psutil.cpu_percent():.0f}%", "memory": f"{memory.used / gib:.1f}/{memory.total / gib:.0f} GiB"}
+        speed["CPU"] = f"{psutil.cpu_percent():.0f}%"
+        speed |= {"memory": f"{memory.used / gib:.1f}/{memory.total / gib:.0f} GiB"}
         if trainer.device.type == "cuda":
             speed["GPU"] = f"{torch.cuda.utilization()}%, {torch.cuda.max_memory_allocated() / gib:.1f} GiB"
         episodes = {"episodes": f"{trainer.num_episodes:,}", "": sparkline(self.trend)}
         if trainer.returns:
             episodes |= {"return": f"{np.mean(trainer.returns):.4g}", "best": f"{max(trainer.returns):.4g}"}
-        episodes |= {name: f"{value:.4g}" for name, value in trainer.episode.items() if name != "t"}
+        episodes |= {{"l": "last length"}.get(name, name): f"{value:.4g}" for name, value in trainer.episode.items()}
         seconds = {**trainer.seconds, "other": time.perf_counter() - self.start - sum(trainer.seconds.values())}
         shares = {name: own / sum(seconds.values()) for name, own in seconds.items()}
-        times = {name: f"{'█' * round(10 * own)} {own:4.0%}" for name, own in shares.items()}
-        losses = {name.replace("_", " "): f"{value:.3g}" for name, value in trainer.losses.items()}
-        share, boxes = min(1.0, trainer.global_step / self.total), []
-        top, columns = table.Table.grid("", table.Column(ratio=1), "", padding=(0, 1), expand=True), table.Table.grid(expand=True)
+        times = {name: f"{own:4.0%} {'█' * round(8 * own)}" for name, own in shares.items()}
+        losses = {name.replace("_", " ")[:12]: f"{value:.3g}" for name, value in trainer.losses.items()}
+        contents = {"[green]episodes": episodes, "[cyan]speed": speed, "[yellow]time": times, "[magenta]losses": losses}
+        columns = [table.Column(title, ratio=1) for title in contents]
+        share = min(1.0, trainer.global_step / self.total)
         steps = f"[bold]{trainer.global_step:,}[/] of {self.total:,} steps, [bold cyan]{self.left}[/] left"
+        top = table.Table.grid("", table.Column(ratio=1), "", padding=(0, 1), expand=True)
         top.add_row(f"[bold cyan]{share:4.0%}", progress_bar.ProgressBar(1.0, share, complete_style="cyan"), steps)
-        contents = {"episodes": (episodes, "green"), "speed": (speed, "cyan"), "time": (times, "yellow")}
-        for title, (rows, color) in (contents | {"losses": (losses, "magenta")}).items():
-            value = table.Column(justify="right", style=color, no_wrap=True)
-            grid = table.Table.grid(table.Column(style="dim", no_wrap=True), value, padding=(0, 1), expand=True)
-            for row in list(rows.items())[:7]:
-                grid.add_row(*row)
-            columns.add_column(ratio=1)
-            boxes.append(panel.Panel(grid, title=title, title_align="left", border_style=color, height=9))
-        columns.add_row(*boxes)
-        title, both = f"[bold]{self.args.env_id}[/] on {trainer.device}, {self.args.precision}", console.Group(top, columns)
-        return panel.Panel(both, title=title, subtitle="Ctrl-C saves and stops", border_style="blue")
+        below = table.Table(*columns, expand=True, box=None)
+        for cells in itertools.zip_longest(*[list(rows.items())[:7] for rows in contents.values()], fillvalue=("", "")):
+            below.add_row(*[f"[dim]{name:<13}[/] [bold]{value}" for name, value in cells])
+        title = f"[bold]{self.args.env_id}[/] on {trainer.device}, {self.args.precision}"
+        texts = {"title": title, "subtitle": "Ctrl-C saves and stops", "border_style": "blue"}
+        return panel.Panel(console.Group(top, below), **texts)
 
 
 # -------------------------------------------------------------------------------------------------------------- modes
+def folder_of(name: str) -> Path:
+    folder = Path("runs", re.sub(r"[^\w.-]+", "-", name))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def train(args: Args, report: Callable[[int, float], None] = lambda step, mean: None) -> float:
     """Train an agent; returns the mean of its last 100 returns, of which `report` hears after every update."""
     contents, trainer, mean = load(args.resume) if args.resume else None, Trainer(args), -np.inf
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    path = Path("runs", re.sub(r"[^\w.-]+", "-", name), "checkpoint.pt")
+    path = folder_of(f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}") / "checkpoint.pt"
 
     def stop(*_: Any) -> None:
         trainer.stopping = True
@@ -734,7 +730,7 @@ def train(args: Args, report: Callable[[int, float], None] = lambda step, mean: 
 
 
 def evaluate(args: Args) -> None:
-    """Play a checkpoint, print how it did, and record its first episode beside it: a video, or a cast of text screens."""
+    """Play a checkpoint, print how it did, and record its first episode beside it as a video or a cast of text."""
     contents, frames = load(args.resume), []
     trainer = Trainer(dataclasses.replace(args, num_envs=1, vec="serial", env_batch_size=0, compile=False))
     with trainer.envs as envs:
@@ -767,12 +763,11 @@ SEARCH = {  # from, to, and whether on a logarithmic scale
 
 
 def sweep(args: Args, chosen: list[str]) -> None:
-    """Search over what no flag says; the study is a file, so that a search that was killed goes on when called again."""
+    """Search over what no flag says; the study is a file, so a search that was killed goes on when called again."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    folder = Path("runs", re.sub(r"[^\w.-]+", "-", f"sweep__{args.env_id}__{args.exp_name}"))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder_of(f"sweep__{args.env_id}__{args.exp_name}")
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2)
     settings = {"study_name": "sweep", "load_if_exists": True, "direction": "maximize", "pruner": pruner}
     study = optuna.create_study(storage=f"sqlite:///{folder}/study.db", **settings)
@@ -794,8 +789,7 @@ def sweep(args: Args, chosen: list[str]) -> None:
 
     def tell(_: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         found = " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in trial.params.items())
-        result = f"trial {trial.number} {trial.state.name.lower()}: return {trial.value or np.nan:.4g}"
-        print(f"{result} with {found}", flush=True)
+        print(f"trial {trial.number} {trial.state.name.lower()}: return {trial.value} with {found}", flush=True)
 
     study.optimize(objective, n_trials=max(args.sweep_trials - ended, 0), callbacks=[tell])
     optuna.visualization.matplotlib.plot_optimization_history(study).figure.savefig(folder / "history.png")

@@ -30,7 +30,9 @@ def launch(directory, *command):
 
 
 def test_ranks_have_equal_weights_after_every_update(tmp_path):
-    process, stdout, stderr = launch(tmp_path, *TORCHRUN, str(ROOT / "tests" / "ranks.py"), "equal_weights", str(tmp_path))
+    process, stdout, stderr = launch(
+        tmp_path, *TORCHRUN, str(ROOT / "tests" / "ranks.py"), "equal_weights", str(tmp_path)
+    )
     assert process.returncode == 0, stderr
     assert stdout.count("equal") == 2
 
