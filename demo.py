@@ -240,7 +240,7 @@ def convolutions(*layers: tuple[int, int, int]) -> nn.Sequential:
 
 
 def symlog(x: torch.Tensor) -> torch.Tensor:
-    return x.sign() * x.float().abs().log1p()  # brings numbers of any size near 1
+    return x.float().sign() * x.float().abs().log1p()  # brings numbers of any size near 1
 
 
 class Policy(nn.Module):

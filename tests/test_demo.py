@@ -121,7 +121,8 @@ def test_truncation_bootstraps_from_the_last_observation_and_termination_from_no
                     is_truncated = episode % 2 == 1 and number + 1 == 5
                     kinds.add((is_terminated, is_truncated))
                     assert ended[row, step] == (is_terminated or is_truncated)
-                    delta = 2 * (number + 1) + 0.9 * (0.0 if is_terminated else value(after)) - value(observations[row, step])
+                    next_value = 0.0 if is_terminated else value(after)
+                    delta = 2 * (number + 1) + 0.9 * next_value - value(observations[row, step])
                     advantage = delta + 0.9 * 0.8 * advantage * (not ended[row, step])
                     assert float(experience.advantages[index[row, step]]) == pytest.approx(advantage, abs=1e-4)
         assert len(kinds) == 3
