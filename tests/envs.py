@@ -369,3 +369,76 @@ class CounterTeam:
 
     def close(self):
         pass
+
+
+class Uneven(gymnasium.Env):
+    """Takes 0 to 2 ms a step, at random; observes (seed, episode, step, last action), earns the step's number.
+
+    Episodes last 3 and 5 steps in turn; the short ones terminate, the long ones truncate.
+    """
+
+    observation_space = spaces.Box(-100, 100, (4,), np.float32)
+    action_space = spaces.Discrete(3)
+    most_seconds = 0.002
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.seed, self.episode = (seed, 0) if seed is not None else (self.seed, self.episode + 1)
+        self.steps = self.action = 0
+        return self._observation(), {}
+
+    def step(self, action):
+        time.sleep(random.random() * self.most_seconds)
+        self.steps, self.action = self.steps + 1, int(action)
+        terminated, truncated = self.episode % 2 == 0 and self.steps == 3, self.episode % 2 == 1 and self.steps == 5
+        return self._observation(), float(self.steps), terminated, truncated, {}
+
+    def _observation(self):
+        return np.array([self.seed, self.episode, self.steps, self.action], np.float32)
+
+
+class Recall(gymnasium.Env):
+    """Shows a cue on the first step and asks for it on the last, of `length`: a reward of 1 for the right answer."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, length=8):
+        self.length = length
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.cue, self.steps = int(self.np_random.integers(2)), 0
+        return np.array([2 * self.cue - 1, 0], np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        over = self.steps == self.length
+        observation = np.array([0, self.steps == self.length - 1], np.float32)
+        return observation, float(over and action == self.cue), over, False, {}
+
+
+class FloatTeam(Team):
+    """A team whose observations are floats, and of whose agents some are absent, die, or come back."""
+
+    def __init__(self):
+        super().__init__((("++.", "+T.", "+.+", "+++", "XXT"), ("+++", "T++", ".+X", ".+.", ".T.")))
+
+    def observation_space(self, agent):
+        return spaces.Box(-100, 100, (3,), np.float32)
+
+    def action_space(self, agent):
+        return spaces.Discrete(3)
+
+    def _observe(self, present):
+        return {agent: np.array([row + 1, self.episode, self.time], np.float32) for row, agent, _ in present}
+
+
+class OneSlow(Uneven):
+    """Takes no time at a step, but 20 ms if its seed is even."""
+
+    def step(self, action):
+        time.sleep(0.02 * (self.seed % 2 == 0))
+        return super().step(action)
+
+    most_seconds = 0.0

@@ -1,0 +1,838 @@
+"""The full PPO trainer, for any environment: first-ready sampling, LSTM, dashboard, checkpoints, sweeps, many machines.
+
+    python demo.py --env-id CartPole-v1
+    python demo.py --mode eval --resume runs/CartPole-v1__demo__1__1700000000/checkpoint.pt
+
+Read on: arguments, environments, networks, experience, the trainer, checkpoints, the dashboard, and the four modes.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+import tyro
+from gymnasium import spaces
+from rich import console, live, panel, progress_bar, table
+from torch import distributed, nn
+from torch.utils.tensorboard import SummaryWriter
+
+import puffer_core
+
+WORLD_SIZE, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # torchrun sets them
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+@dataclasses.dataclass
+class Args:
+    """Train an agent on any environment; watch one play; search hyperparameters; find the fastest way to step."""
+
+    mode: Literal["train", "eval", "sweep", "autotune"] = "train"  # train, play, search hyperparameters, measure speed
+    env_id: str = "BreakoutNoFrameskip-v4"  # a Gymnasium id, pettingzoo:MODULE, or MODULE:FUNCTION that returns one
+    seed: int = 1  # seed of the network, of the actions and (plus its index) of every environment
+    total_timesteps: int | None = None  # agent steps of the whole run, over all environments and ranks
+    target_return: float = float("inf")  # stop as soon as the last 100 episodes have this mean return
+    exp_name: str = "demo"  # a part of the run's name
+    resume: str | None = None  # checkpoint to go on with, or to play; its arguments hold where no flag is given
+    quiet: bool = False  # print nothing but errors
+    vec: Literal["multiprocessing", "serial"] = "multiprocessing"  # step environments in workers, or in this process
+    num_envs: int | None = None  # environments of each rank
+    num_workers: int = 0  # processes that share them, 0 for what the cores allow
+    env_batch_size: int = 0  # environments that are waited for at a time, the first that are ready; 0 for all
+    zero_copy: bool = True  # take neighbors' rows as they lie in shared memory; otherwise anyone's, copied
+    num_steps: int | None = None  # steps of each agent that an update learns from
+    num_minibatches: int | None = None  # parts that they are split into
+    update_epochs: int | None = None  # times that each is used
+    learning_rate: float | None = None  # step size of Adam, at the start
+    anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end
+    gamma: float | None = None  # discount of later rewards
+    gae_lambda: float | None = None  # lambda of the generalized advantage estimation
+    clip_coef: float | None = None  # how far the new policy's probability ratio may pay off, either way from 1
+    clip_vloss: bool | None = None  # clip the value function's change too
+    ent_coef: float | None = None  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
+    norm_adv: bool = True  # give the advantages of every minibatch mean 0 and deviation 1
+    reward_scale: float | None = None  # what rewards are multiplied by before the agent learns from them
+    hidden_size: int | None = None  # width of the layer that actor and critic read
+    use_lstm: bool = False  # give the agent a memory
+    bptt_horizon: int = 16  # steps that gradients flow back through the memory, a divisor of num_steps
+    cuda: bool = True  # train on the GPU if there is one
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the forward pass; auto: bf16 where the hardware has it
+    compile: bool = False  # torch.compile the network
+    checkpoint_interval: int = 50  # updates between two checkpoints, 0 for one at the end only
+    eval_episodes: int = 10  # episodes that --mode eval plays
+    sweep_trials: int = 20  # trials of --mode sweep in all, those of earlier calls counted
+    track: bool = False  # log to Weights & Biases too
+    wandb_project_name: str = "puffer-core"  # project at Weights & Biases
+    wandb_entity: str | None = None  # team at Weights & Biases; your own account by default
+
+
+# What holds where no flag is given, by the kind of environment; for images it is what puffer_ppo_atari.py has.
+COMMON = {
+    **{"total_timesteps": 10_000_000, "num_envs": 8, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4},
+    **{"learning_rate": 1e-3, "gamma": 0.99, "gae_lambda": 0.95, "clip_coef": 0.2, "clip_vloss": False},
+    **{"ent_coef": 0.01, "reward_scale": 0.1, "hidden_size": 128},
+}
+PRESETS = {
+    "images": {"hidden_size": 512, "learning_rate": 2.5e-4, "clip_coef": 0.1, "clip_vloss": True, "reward_scale": 1.0},
+    "nethack": {"hidden_size": 256, "reward_scale": 1.0},
+    "continuous": {"ent_coef": 0.0, "update_epochs": 10},
+    "discrete": {"learning_rate": 2.5e-3},
+}
+
+
+def prepare(args: Args) -> list[str]:
+    """Fill in what no flag says, and end with one line if something cannot be right; returns the names of choices."""
+    try:
+        with puffer_core.Serial([partial(make_env, args.env_id)]) as envs:
+            kind = kind_of(envs.layout.space, envs.single_action_space)
+    except Exception as error:
+        raise SystemExit(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
+    chosen = {name: value for name, value in (COMMON | PRESETS[kind]).items() if getattr(args, name) is None}
+    vars(args).update(chosen)
+    envs, batch, per_worker = args.num_envs, args.env_batch_size, args.num_envs // max(args.num_workers, 1)
+    least, is_sync = envs * args.num_steps * WORLD_SIZE, batch in (0, envs)
+    counts = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_size", "bptt_horizon")
+    for name, is_right, expected in (
+        *[(name, getattr(args, name) > 0, "at least 1") for name in (*counts, "eval_episodes", "sweep_trials")],
+        ("num_workers", args.num_workers >= 0 and envs % (args.num_workers or 1) == 0, "to divide --num-envs"),
+        ("env_batch_size", is_sync or (args.num_workers and args.vec != "serial"), "--num-workers beside it"),
+        ("env_batch_size", is_sync or batch % per_worker == 0, f"a multiple of a worker's {per_worker} environments"),
+        ("env_batch_size", is_sync or batch < envs, f"at most --num-envs {envs}"),
+        ("env_batch_size", is_sync or not args.zero_copy or envs % batch == 0, "to divide --num-envs"),
+        ("bptt_horizon", not args.use_lstm or args.num_steps % args.bptt_horizon == 0, "to divide --num-steps"),
+        ("total_timesteps", args.total_timesteps >= least, f"at least one update, {least}"),
+        ("mode", args.mode != "eval" or args.resume, "--resume CHECKPOINT beside it"),
+    ):
+        if not is_right:
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}")
+    if not args.quiet and RANK == 0:
+        print(f"{args.env_id} ({kind}):", " ".join(f"{name}={value}" for name, value in chosen.items()))
+    return list(chosen)
+
+
+# ------------------------------------------------------------------------------------------------------- environments
+NETHACK_KEYS = ("glyphs", "blstats", "message")  # what its network reads
+SCREEN_KEYS = ("tty_chars", "tty_colors", "tty_cursor")
+
+
+class NetHack(gym.Wrapper):
+    """NetHack, seeded as other environments are (NLE itself would ask the clock), that renders its terminal as text."""
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+        gym.Env.reset(self.unwrapped, seed=seed)
+        self.unwrapped.seed(*self.np_random.integers(2**63, size=2).tolist())
+        return self.env.reset(options=options)
+
+    def render(self) -> str:
+        screen = dict(zip(self.unwrapped._observation_keys, self.unwrapped.last_observation))
+        return sys.modules["nle.nethack"].tty_render(*[screen[key] for key in SCREEN_KEYS]).strip("\n")
+
+
+def make_env(env_id: str, render: bool = False) -> Any:
+    """Return an environment by its id; with `render`, one that can draw itself, as a picture or as text."""
+    module, _, function = env_id.partition(":")
+    family = re.split("[-/]", env_id)[0]
+    if module == "pettingzoo":
+        return importlib.import_module(function).parallel_env(**({"render_mode": "rgb_array"} if render else {}))
+    if function and hasattr(importlib.import_module(module), function):
+        env = getattr(importlib.import_module(module), function)()
+    elif family.startswith(("MiniHack", "NetHack")):
+        importlib.import_module("minihack" if family == "MiniHack" else "nle")
+        keys = NETHACK_KEYS + SCREEN_KEYS * render
+        env = gym.make(env_id, observation_keys=keys, fix_moon_phase=True, render_mode="ansi" if render else None)
+        env = gym.wrappers.FilterObservation(NetHack(env), NETHACK_KEYS)
+    else:
+        if is_atari := family == "ALE" or "NoFrameskip" in env_id:
+            from atari_wrappers import AtariWrapper  # which makes the games known to gymnasium too
+        settings = {"frameskip": 1} if family == "ALE" else {}
+        modes = gym.make(env_id, **settings).metadata.get("render_modes", ()) if render else ()
+        env = gym.make(env_id, render_mode="rgb_array" if "rgb_array" in modes else None, **settings)
+        if is_atari:
+            return AtariWrapper(env)  # which counts whole games, not lives
+    return puffer_core.EpisodeStats(env) if isinstance(env, gym.Env) else env
+
+
+def leaves_of(space: spaces.Space, value: Any = None) -> Iterator[tuple[spaces.Space, Any]]:
+    """Walk over the leaves of a space and, beside them, those of an observation; NetHack's Dict is one."""
+    if not isinstance(space, (spaces.Dict, spaces.Tuple)) or is_nethack(space):
+        yield space, value
+        return
+    for key in space if isinstance(space, spaces.Dict) else range(len(space)):
+        yield from leaves_of(space[key], None if value is None else value[key])
+
+
+def is_nethack(space: spaces.Space) -> bool:
+    return isinstance(space, spaces.Dict) and set(NETHACK_KEYS) <= set(space)
+
+
+def is_image(space: spaces.Space) -> bool:
+    """Tell pictures that are large enough for the convolutions, channels first or last, from other arrays."""
+    is_bytes = isinstance(space, spaces.Box) and space.dtype == np.uint8
+    return is_bytes and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
+
+
+def kind_of(space: spaces.Space, action_space: spaces.Space) -> str:
+    if is_image(space) or is_nethack(space):
+        return "images" if is_image(space) else "nethack"
+    return "continuous" if isinstance(action_space, spaces.Box) else "discrete"
+
+
+# ----------------------------------------------------------------------------------------------------------- networks
+class Leaf(nn.Module):
+    """Reads pictures by the convolutions of Mnih et al. 2015; categories one-hot, bytes from 0 to 1, others near 1."""
+
+    def __init__(self, space: spaces.Space, width: int):
+        super().__init__()
+        sizes = getattr(space, "nvec", getattr(space, "n", ())) if not isinstance(space, spaces.MultiBinary) else ()
+        self.space, self.sizes, self.is_image = space, [int(size) for size in np.ravel(sizes)], is_image(space)
+        self.order = (0, 3, 1, 2) if self.is_image and space.shape[2] < space.shape[0] else (0, 1, 2, 3)
+        self.register_buffer("start", torch.as_tensor(np.ravel(getattr(space, "start", 0))))
+        first = convolutions((32, 8, 4), (64, 4, 2), (64, 3, 1)) if self.is_image else nn.Flatten()
+        self.network = nn.Sequential(first, nn.LazyLinear(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.is_image:
+            x = x.permute(self.order).to(torch.float32, memory_format=torch.channels_last)
+            return self.network(x * (1 / 255.0))
+        if self.sizes:  # the rows of absent agents are zero, which may be no category
+            columns = (x.reshape(len(x), -1).long() - self.start).clamp(min=0).unbind(1)
+            parts = [F.one_hot(column, size) for column, size in zip(columns, self.sizes)]
+            return self.network(torch.cat(parts, dim=1).float())
+        return self.network((x / 255.0 if self.space.dtype == np.uint8 else symlog(x)).reshape(len(x), -1))
+
+
+class NetHackNet(nn.Module):
+    """Reads NetHack's map of glyphs, its numbers and its message."""
+
+    def __init__(self, space: spaces.Dict, width: int):
+        super().__init__()
+        self.glyphs = nn.Embedding(int(space["glyphs"].high.max()) + 1, 8)
+        self.map, self.message = convolutions((16, 3, 2), (32, 3, 2)), nn.EmbeddingBag(256, 16)
+        self.last = nn.LazyLinear(width)
+
+    def forward(self, x: dict[str, torch.Tensor]) -> torch.Tensor:
+        seen = self.map(self.glyphs(x["glyphs"].int()).permute(0, 3, 1, 2))
+        return self.last(torch.cat([seen, symlog(x["blstats"]), self.message(x["message"].int())], dim=1))
+
+
+def convolutions(*layers: tuple[int, int, int]) -> nn.Sequential:
+    """Return convolutions of so many channels, kernel size and stride."""
+    return nn.Sequential(*[part for layer in layers for part in (nn.LazyConv2d(*layer), nn.ReLU())], nn.Flatten())
+
+
+def symlog(x: torch.Tensor) -> torch.Tensor:
+    return x.float().sign() * x.float().abs().log1p()  # brings numbers of any size near 1
+
+
+class Policy(nn.Module):
+    """Actor and critic, with or without a memory, over the network that fits the observations."""
+
+    def __init__(self, layout: puffer_core.Layout, action_space: spaces.Space, args: Args):
+        super().__init__()
+        self.layout, self.action_space, width, flat = layout, action_space, args.hidden_size, layout.flat_space
+        readers = [(NetHackNet if is_nethack(leaf) else Leaf)(leaf, width) for leaf, _ in leaves_of(layout.space)]
+        is_deep = is_image(layout.space) or is_nethack(layout.space)
+        rest = [nn.ReLU()] if is_deep else [nn.Tanh(), nn.Linear(width, width), nn.Tanh()]
+        self.readers, self.rest = nn.ModuleList(readers), nn.Sequential(*rest)
+        self.memory = nn.LSTMCell(width, width) if args.use_lstm else None
+        if isinstance(action_space, spaces.Box):  # -1 and 1 are the bounds, where there are any
+            low, high = action_space.low.ravel(), action_space.high.ravel()
+            is_bounded = np.isfinite(low) & np.isfinite(high)
+            low, high = np.where(is_bounded, [low, high], [[-1.0], [1.0]])
+            self.center, self.radius = (high + low) / 2, (high - low) / 2
+            self.log_std, sizes = nn.Parameter(torch.zeros(len(low))), len(low)
+        else:  # one choice or several, each from a handful
+            sizes = getattr(action_space, "nvec", getattr(action_space, "n", None))
+        self.is_continuous, self.sizes = isinstance(action_space, spaces.Box), np.ravel(sizes).tolist()
+        self.actor, self.critic, self.is_bf16 = nn.Linear(width, sum(self.sizes)), nn.Linear(width, 1), False
+        nothing = torch.zeros(1, 1, *flat.shape, dtype=getattr(torch, flat.dtype.name))
+        self(nothing, torch.zeros(1, 2 * width), torch.zeros(1, 1, dtype=torch.bool))  # gives lazy layers their sizes
+        gains = {self.actor: 0.01, self.critic: 1.0}
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.orthogonal_(layer.weight, gains.get(layer, 2**0.5))
+                nn.init.zeros_(layer.bias)
+        self.to(memory_format=torch.channels_last)
+        self.is_bf16 = args.precision == "bf16"
+
+    def forward(self, x: torch.Tensor, state: Any, starts: torch.Tensor, actions: Any = None) -> tuple:
+        """Follow sequences of rows `(batch, time, *row)` from a `state`, which is forgotten wherever one `starts`.
+
+        Returns actions (sampled if none are given), their log-probabilities, entropies, values, and the last state.
+        """
+        rows, num_steps = x.flatten(0, 1), x.shape[1]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_bf16):
+            leaves = [leaf for _, leaf in leaves_of(self.layout.space, self.layout.unflatten(rows))]
+            summed = sum(read(leaf) for read, leaf in zip(self.readers, leaves))  # as one layer over all of them would
+            hidden, outputs = self.rest(summed).unflatten(0, (-1, num_steps)), []
+            for step in range(num_steps) if self.memory else ():
+                state = state.masked_fill(starts[:, step, None], 0.0)
+                output, cell = self.memory(hidden[:, step], state.chunk(2, dim=1))
+                state = torch.cat([output, cell], dim=1).float()
+                outputs.append(output)
+        hidden = (torch.stack(outputs, dim=1) if self.memory else hidden).float()
+        return (*self.act(self.actor(hidden), actions), self.critic(hidden)[..., 0], state)
+
+    def act(self, parameters: torch.Tensor, actions: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Return actions, their log-probabilities and the entropies of the policy that the parameters describe."""
+        if self.is_continuous:
+            normal = torch.distributions.Normal(parameters, self.log_std.exp(), validate_args=False)
+            actions = normal.sample() if actions is None else actions
+            return actions, normal.log_prob(actions).sum(-1), normal.entropy().sum(-1)
+        parts = [logits.log_softmax(-1) for logits in parameters.split(self.sizes, -1)]
+        if actions is None:
+            drawn = [torch.multinomial(part.exp().flatten(0, 1), 1).unflatten(0, part.shape[:2]) for part in parts]
+            actions = torch.cat(drawn, dim=-1)
+        logprobs = sum(part.gather(-1, one)[..., 0] for part, one in zip(parts, actions.split(1, -1)))
+        return actions, logprobs, -sum((part.exp() * part).sum(-1) for part in parts)
+
+    def for_envs(self, actions: torch.Tensor) -> np.ndarray:
+        """Turn actions `(batch, parts)` into those that the environments take."""
+        values = actions.cpu().numpy()
+        values = self.center + self.radius * values if self.is_continuous else values
+        shaped = values.reshape(len(values), *self.action_space.shape) + getattr(self.action_space, "start", 0)
+        return shaped.astype(self.action_space.dtype)
+
+
+# --------------------------------------------------------------------------------------------------------- experience
+class Experience:
+    """Transitions by agent row: whoever comes when, each row has a time line of its own, in segments of `num_steps`.
+
+    An update takes the oldest complete segment of every row, so that what it learns from does not depend on the order
+    in which environments were ready; quicker rows begin their next segments meanwhile. Once one has no place left, the
+    update takes the segments that are complete, and slower rows' are in a later one: nothing is lost or counts twice.
+    """
+
+    def __init__(self, num_rows: int, args: Args, policy: Policy, device: torch.device, is_async: bool):
+        self.num_steps, self.num_slots = args.num_steps, args.num_steps * (1 + is_async)
+        self.horizon, count = args.bptt_horizon if args.use_lstm else 1, num_rows * self.num_slots
+        flat, zeros = policy.layout.flat_space, partial(torch.zeros, device=device)  # on the device: row * slots + slot
+        parts, dtype = (policy.sizes[0], torch.float32) if policy.is_continuous else (len(policy.sizes), torch.int64)
+        self.observations = zeros(count, *flat.shape, dtype=getattr(torch, flat.dtype.name))
+        self.actions, self.states = zeros(count, parts, dtype=dtype), zeros(count // self.horizon, 2 * args.hidden_size)
+        self.logprobs, self.values, self.next_values, self.advantages, self.returns = zeros(5, count)
+        self.starts, self.trainable = zeros(2, count, dtype=torch.bool)
+        self.rewards = np.zeros((num_rows, self.num_slots), np.float32)  # here: [row, slot]
+        self.valid, self.terminated, self.ended = np.zeros((3, num_rows, self.num_slots), bool)
+        self.begun, self.complete, self.consumed = np.zeros((3, num_rows), np.int64)  # transitions since the start
+
+    def finish(self, batch: puffer_core.Batch) -> None:
+        """Complete the rows' last transitions with what came of them; those of a reset land where nobody looks."""
+        rows = batch.agent_ids
+        where = rows, (self.begun[rows] - 1) % self.num_slots
+        self.rewards[where], self.terminated[where] = batch.rewards, batch.terminations
+        self.ended[where] = batch.terminations | batch.truncations
+        self.valid[where] &= batch.masks  # where an agent is gone without an end, nobody knows what its action led to
+        self.complete[rows] = self.begun[rows]
+
+    def is_due(self, rows: np.ndarray) -> bool:
+        """Tell whether all rows have a complete segment, or one of `rows`, which are to go on, has no place left."""
+        held = self.complete - self.consumed
+        return held.min() >= self.num_steps or held[rows].max() == self.num_slots
+
+    def take(self) -> np.ndarray:
+        """Take the oldest complete segments out; returns where they lie, `(segments, num_steps)`."""
+        rows = np.flatnonzero(self.complete - self.consumed >= self.num_steps)
+        first = rows * self.num_slots + self.consumed[rows] % self.num_slots
+        self.consumed[rows] += self.num_steps
+        return first[:, None] + np.arange(self.num_steps)
+
+
+def estimate_advantages(rewards, values, next_values, terminated, ended, valid, gamma, gae_lambda) -> torch.Tensor:
+    """Return the generalized advantages of segments `(rows, time)`, see Schulman et al. 2016; 0 where not `valid`."""
+    # An end cuts off what comes later, but for the value of the last observation; a termination cuts off that too
+    deltas = rewards + gamma * next_values.masked_fill(terminated, 0.0) - values
+    advantages = deltas.masked_fill(~valid, 0.0).T.contiguous()
+    decays = (gamma * gae_lambda * (valid & ~ended)).T.contiguous()
+    for step in reversed(range(len(advantages) - 1)):
+        advantages[step] += decays[step] * advantages[step + 1]
+    return advantages.T
+
+
+# -------------------------------------------------------------------------------------------------------- the trainer
+def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all ranks, in place."""
+    if distributed.is_initialized():
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+class Trainer:
+    """Environments, policy, optimizer and experience of one rank: `collect` and `update` take turns."""
+
+    def __init__(self, args: Args):
+        self.args, self.iteration, self.global_step, self.num_episodes, self.stopping = args, 0, 0, 0, False
+        self.returns, self.episode = deque(maxlen=max(100, args.eval_episodes)), {}  # of the last episodes; of the last
+        self.seconds, self.losses, self.device = defaultdict(float), {}, torch.device("cpu")
+        if torch.cuda.is_available() and args.cuda:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        if args.precision == "auto":  # where a CPU lacks these instructions, bf16 takes ten times as long as fp32
+            cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+            args.precision = "bf16" if "bf16" in cpu or self.device.type == "cuda" else "fp32"
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(args.seed)  # all ranks begin with the same weights
+        env_fns = [partial(make_env, args.env_id, render=args.mode == "eval")] * args.num_envs
+        pool = {"num_workers": args.num_workers or None, "batch_size": args.env_batch_size or None}
+        make = puffer_core.Serial if args.vec == "serial" else partial(puffer_core.Multiprocessing, **pool)
+        self.envs = envs = make(env_fns, zero_copy=args.zero_copy)
+        self.made_for = f"{envs.layout.space}, {envs.single_action_space}, {args.hidden_size=}, {args.use_lstm=}"
+        self.num_iterations = args.total_timesteps // (envs.num_agents * args.num_steps * WORLD_SIZE)
+        self.policy = Policy(envs.layout, envs.single_action_space, args).to(self.device)
+        self.model = torch.compile(self.policy) if args.compile else self.policy
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.learning_rate, eps=1e-5)
+        is_async = envs.agents_per_batch < envs.num_agents
+        self.experience = Experience(envs.num_agents, args, self.policy, self.device, is_async)
+        torch.manual_seed(args.seed + RANK)  # and draw other actions
+
+    @contextlib.contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+    def start(self) -> None:
+        count = self.envs.num_agents
+        self.state = torch.zeros(count, 2 * self.args.hidden_size, device=self.device)
+        self.alive, self.team_sums = np.zeros(count, bool), np.zeros((2, count))
+        self.envs.async_reset(self.args.seed + RANK * self.args.num_envs + self.global_step)
+        self.receive()
+
+    def collect(self) -> bool:
+        """Step environments until an update is due; returns False if asked to stop before."""
+        while not (is_due := self.experience.is_due(self.rows)) and not (self.stopping and WORLD_SIZE == 1):
+            self.act()
+            self.receive()
+        return is_due
+
+    @torch.no_grad()
+    def receive(self) -> None:
+        """Take the next batch: it completes its rows' last transitions, and brings their next observations."""
+        with self.clock("env wait"):
+            batch = self.envs.recv()
+        with self.clock("copies"):
+            experience, rows = self.experience, batch.agent_ids.copy()
+            experience.finish(batch)
+            ended, was_alive = batch.terminations | batch.truncations, self.alive[rows]
+            goes_on = ~ended | batch.infos.get("_final_obs", np.zeros_like(ended))
+            self.rows, self.alive[rows] = rows, batch.masks & goes_on
+            slots = (experience.begun[rows] % experience.num_slots, (experience.begun[rows] - 1) % experience.num_slots)
+            ids = np.stack([rows, *(rows * experience.num_slots + slot for slot in slots), ended | ~was_alive])
+            # One copy moves all of it, from pinned memory on CUDA
+            parts = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in (ids, batch.observations)]
+            packed = torch.from_numpy(np.concatenate(parts))
+            packed = (packed.pin_memory() if self.device.type == "cuda" else packed).to(self.device, non_blocking=True)
+            self.row_ids, self.index, self.previous, starts = packed[: ids.nbytes].view(torch.int64).view(ids.shape)
+            self.starts, dtype = starts.bool(), experience.observations.dtype
+            self.observations = packed[ids.nbytes :].view(dtype).view(batch.observations.shape)
+            self.bootstraps, truncated = None, np.flatnonzero(ended & goes_on & ~batch.terminations)
+            if truncated.size:  # the values of their last observations are what these episodes would have had yet
+                last = torch.as_tensor(np.stack(batch.infos["final_obs"][truncated]), device=self.device)
+                where = torch.as_tensor(truncated, device=self.device)
+                starts = torch.zeros(len(where), 1, dtype=torch.bool, device=self.device)
+                self.bootstraps = where, self.policy(last[:, None], self.state[self.row_ids[where]], starts)[3][:, 0]
+        self.global_step += len(self.rows) * WORLD_SIZE
+        for episode in self.finished_episodes(batch):
+            self.returns.append(episode.pop("r"))
+            self.num_episodes, self.episode = self.num_episodes + 1, episode
+
+    def finished_episodes(self, batch: puffer_core.Batch) -> Iterator[dict[str, float]]:
+        """Yield statistics of episodes that have ended: of whole games from infos, of a team's agents from rewards."""
+        self.team_sums[:, self.rows] += batch.rewards, batch.masks
+        is_team, infos = self.envs.num_agents > self.envs.num_envs, batch.infos.get("final_info", {})
+        for at in np.flatnonzero(batch.terminations | batch.truncations if is_team else infos.get("_episode", False)):
+            sums = dict(zip("rl", self.team_sums[:, self.rows[at]].tolist()))
+            numbers = {} if is_team else {key: values[at] for key, values in infos["episode"].items() if key[0] != "_"}
+            yield {key: float(value) for key, value in (sums | numbers).items() if key != "t"}
+            self.team_sums[:, self.rows[at]] = 0
+
+    @torch.no_grad()
+    def think(self) -> tuple[torch.Tensor, ...]:
+        """Run the policy on the batch, whose values are also those of what came after the rows' last transitions."""
+        rows = (self.observations[:, None], self.state[self.row_ids], self.starts[:, None])
+        actions, logprobs, _, values, state = self.model(*rows)
+        next_values = values[:, 0].index_copy(0, *self.bootstraps) if self.bootstraps else values[:, 0]
+        self.experience.next_values[self.previous] = next_values
+        return actions[:, 0], logprobs[:, 0], values[:, 0], state
+
+    def act(self) -> None:
+        """Choose actions for the batch, remember both, and send its environments to work."""
+        experience, index = self.experience, self.index
+        with self.clock("inference"):
+            actions, logprobs, values, state = self.think()
+            experience.observations[index], experience.starts[index] = self.observations, self.starts
+            experience.actions[index], experience.logprobs[index], experience.values[index] = actions, logprobs, values
+            slots = experience.begun[self.rows] % experience.num_slots
+            if self.policy.memory:
+                begins = torch.as_tensor(np.flatnonzero(slots % experience.horizon == 0), device=self.device)
+                experience.states[index[begins] // experience.horizon] = self.state[self.row_ids[begins]]
+                self.state[self.row_ids] = state
+            actions = self.policy.for_envs(actions)
+        experience.valid[self.rows, slots] = self.alive[self.rows]
+        experience.begun[self.rows] += 1
+        self.envs.send(actions)
+
+    def prepare(self) -> torch.Tensor:
+        """Take the complete segments and work out their advantages and returns; returns where they lie."""
+        experience, where = self.experience, self.experience.take()
+        self.think()  # for the value of the batch that has just come, and is acted on after the update
+        fields = (experience.rewards, experience.terminated, experience.ended, experience.valid)
+        packed = np.stack([field.reshape(-1)[where] for field in fields]).astype(np.float32)  # one copy again
+        index, (rewards, *flags) = (torch.as_tensor(array, device=self.device) for array in (where, packed))
+        terminated, ended, valid = (flag.bool() for flag in flags)
+        rewards, values = rewards * self.args.reward_scale, experience.values[index]
+        steps = (rewards, values, experience.next_values[index], terminated, ended, valid)
+        advantages = estimate_advantages(*steps, self.args.gamma, self.args.gae_lambda)
+        experience.advantages[index], experience.returns[index] = advantages, advantages + values
+        experience.trainable[index] = valid
+        return index
+
+    def update(self) -> None:
+        args, experience, sums = self.args, self.experience, torch.zeros(6, device=self.device)
+        with self.clock("update"):
+            index = self.prepare()
+            left = 1 - self.iteration / self.num_iterations if args.anneal_lr else 1.0
+            self.optimizer.param_groups[0]["lr"] = args.learning_rate * left
+            sequences = index.view(-1, experience.horizon)
+            trainable = experience.trainable[sequences]
+            sequences, has_gaps = sequences[trainable.any(1)], experience.horizon > 1 and not trainable.all()
+            for _ in range(args.update_epochs):
+                for chosen in torch.randperm(len(sequences)).tensor_split(args.num_minibatches):
+                    sums += self.learn(sequences[chosen.to(self.device)], has_gaps)
+            index = index[experience.trainable[index]]
+            errors, returns = experience.advantages[index], experience.returns[index]
+            means = [*sums / (args.update_epochs * args.num_minibatches), 1 - errors.var() / returns.var()]
+            names = "policy_loss value_loss entropy old_approx_kl approx_kl clipfrac explained_variance"
+            self.losses, self.iteration = dict(zip(names.split(), torch.stack(means).tolist())), self.iteration + 1
+
+    def learn(self, index: torch.Tensor, has_gaps: bool) -> torch.Tensor:
+        """Take one gradient step on a minibatch of sequences, `(sequences, horizon)`; returns what to log."""
+        args, experience, kept = self.args, self.experience, self.experience.trainable[index]
+        observations, actions = experience.observations[index], experience.actions[index]
+        if has_gaps:  # nothing of an absent agent's rows gets anywhere, whatever they hold
+            observations[~kept], actions[~kept] = 0, 0
+        state, starts = experience.states[index[:, 0] // experience.horizon], experience.starts[index]
+        _, newlogprob, entropy, newvalue, _ = self.model(observations, state, starts, actions)
+        parts = (index, newlogprob, entropy, newvalue)
+        index, newlogprob, entropy, newvalue = (part[kept] if has_gaps else part.flatten() for part in parts)
+        advantages, returns, values = experience.advantages[index], experience.returns[index], experience.values[index]
+
+        # Statistics and means are those of the minibatches of all ranks together
+        sums = torch.stack([torch.ones_like(advantages), advantages, advantages.square()]).double().sum(1)
+        count, total, squares = reduce_sum(sums)
+        if args.norm_adv:
+            deviation = ((squares - total.square() / count) / (count - 1)).clamp(min=0).sqrt()
+            advantages = ((advantages - total / count) / (deviation + 1e-8)).float()
+        logratio = newlogprob - experience.logprobs[index]
+        ratio = logratio.exp()
+        clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        v_error = (newvalue - returns).square()
+        if args.clip_vloss:
+            clipped_value = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
+            v_error = torch.max(v_error, (clipped_value - returns).square())
+        gain = torch.min(advantages * ratio, advantages * clipped_ratio)
+        # Two estimates of the divergence, see http://joschu.net/blog/kl-approx.html
+        figures = (-gain, 0.5 * v_error, entropy, -logratio, ratio - 1 - logratio, ratio != clipped_ratio)
+        means = torch.stack([figure.sum() for figure in figures]) / count.float()
+
+        self.optimizer.zero_grad()
+        (means[0] + args.vf_coef * means[1] - args.ent_coef * means[2]).backward()
+        if distributed.is_initialized():
+            gradients = [parameter.grad for parameter in self.policy.parameters()]
+            flat = reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+                gradient.copy_(part.view_as(gradient))
+        nn.utils.clip_grad_norm_(self.policy.parameters(), args.max_grad_norm)
+        self.optimizer.step()
+        return means.detach()
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+def save(trainer: Trainer, path: Path) -> None:
+    """Write a checkpoint beside the last one and put it in its place: a kill at any time leaves one of the two."""
+    name, numbers, *rest = np.random.get_state()
+    rng = {"numpy": [name, numbers.tolist(), *rest], "python": random.getstate(), "torch": torch.get_rng_state()}
+    contents = {name: getattr(trainer, name) for name in ("iteration", "global_step", "num_episodes", "made_for")}
+    contents |= {"args": vars(trainer.args), "rng": rng, "returns": list(trainer.returns)}
+    contents |= {name: getattr(trainer, name).state_dict() for name in ("policy", "optimizer")}
+    with open(path.with_suffix(".part"), "wb") as file:
+        torch.save(contents, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def load(path: str) -> dict[str, Any]:
+    """Read a checkpoint; ends with one line if it is none."""
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+        return contents | {"args": Args(**contents["args"])}
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        raise SystemExit(f"--resume {path}: expected a checkpoint of demo.py, cannot read it ({reason})") from None
+
+
+def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
+    """Go on from a checkpoint; ends with one line if it is of another environment or network."""
+    if trainer.made_for != contents["made_for"]:
+        wanted = f"expected a checkpoint for {trainer.made_for}, this one is for {contents['made_for']}"
+        raise SystemExit(f"--resume {trainer.args.resume}: {wanted}")
+    for name in ("policy", "optimizer"):
+        getattr(trainer, name).load_state_dict(contents[name])
+    for name in ("iteration", "global_step", "num_episodes"):
+        setattr(trainer, name, contents[name])
+    trainer.returns.extend(contents["returns"])
+    name, numbers, *rest = contents["rng"]["numpy"]
+    np.random.set_state((name, np.array(numbers, np.uint32), *rest))
+    random.setstate(contents["rng"]["python"])
+    torch.set_rng_state(contents["rng"]["torch"])
+    if WORLD_SIZE > 1:  # what was saved is rank 0's
+        torch.manual_seed(trainer.args.seed + RANK + trainer.global_step)
+
+
+# ------------------------------------------------------------------------------------------------------ the dashboard
+def sparkline(values: list[float], width: int = 12) -> str:
+    """Draw the last numbers as a line of blocks."""
+    means = np.array([part.mean() for part in np.array_split(np.array(values[-200:]), width) if len(part)])
+    heights = (means - means.min()) / (np.ptp(means) or 1.0) * 7 if len(means) else []
+    return "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
+
+
+class Dashboard:
+    """Logs a run, and shows it: live on a terminal, otherwise as a line every few seconds; nothing if `quiet`."""
+
+    def __init__(self, trainer: Trainer, folder: Path):
+        self.trainer, self.args, self.speeds, self.trend, self.left = trainer, trainer.args, [], [], "?"
+        self.start, self.first_step = time.perf_counter(), trainer.global_step
+        self.last, self.last_step, self.printed = self.start, self.first_step, -np.inf
+        self.total = trainer.num_iterations * trainer.envs.num_agents * self.args.num_steps * WORLD_SIZE
+        self.is_shown, self.is_live = RANK == 0 and not self.args.quiet, sys.stdout.isatty()
+        if self.args.track and RANK == 0:
+            import wandb
+
+            names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": folder.name}
+            wandb.init(**names, config=vars(self.args), sync_tensorboard=True)
+        self.writer = SummaryWriter(folder) if RANK == 0 else None
+        if self.writer:
+            lines = [f"|{name}|{value}|" for name, value in vars(self.args).items()]
+            self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *lines]))
+
+    def log(self, is_last: bool) -> None:
+        trainer, now = self.trainer, time.perf_counter()
+        self.speeds.append((trainer.global_step - self.last_step) / (now - self.last))
+        self.last, self.last_step = now, trainer.global_step
+        per_step = (now - self.start) / (trainer.global_step - self.first_step)
+        self.left = str(timedelta(seconds=int(max(self.total - trainer.global_step, 0) * per_step)))
+        charts = {"learning_rate": trainer.optimizer.param_groups[0]["lr"], "SPS": self.speeds[-1]}
+        if trainer.returns:
+            self.trend.append(float(np.mean(trainer.returns)))
+            charts |= {"episodic_return": self.trend[-1], "episodic_length": trainer.episode.get("l", 0)}
+        for group, numbers in (("charts", charts), ("losses", trainer.losses)) if self.writer else ():
+            for name, value in numbers.items():
+                self.writer.add_scalar(f"{group}/{name}", value, trainer.global_step)
+        if self.is_shown and not self.is_live and (is_last or now - self.printed > 2):
+            self.printed, mean = now, f"{self.trend[-1]:.4g}" if self.trend else "none yet"
+            losses = " ".join(f"{name}={trainer.losses[name]:.3g}" for name in ("value_loss", "entropy", "approx_kl"))
+            step = f"global_step={trainer.global_step} SPS={self.speeds[-1]:.0f} episodic_return={mean}"
+            print(f"{step} {losses} left={self.left}", flush=True)
+
+    def render(self) -> panel.Panel:
+        trainer, memory, gib = self.trainer, psutil.virtual_memory(), 2**30
+        speed = {"SPS": f"{self.speeds[-1]:,.0f}" if self.speeds else "", "": sparkline(self.speeds)}
+        speed["CPU"] = f"{psutil.cpu_percent():.0f}%"
+        speed |= {"memory": f"{memory.used / gib:.1f}/{memory.total / gib:.0f} GiB"}
+        if trainer.device.type == "cuda":
+            speed["GPU"] = f"{torch.cuda.utilization()}%, {torch.cuda.max_memory_allocated() / gib:.1f} GiB"
+        episodes = {"episodes": f"{trainer.num_episodes:,}", "": sparkline(self.trend)}
+        if trainer.returns:
+            episodes |= {"return": f"{np.mean(trainer.returns):.4g}", "best": f"{max(trainer.returns):.4g}"}
+        episodes |= {{"l": "last length"}.get(name, name): f"{value:.4g}" for name, value in trainer.episode.items()}
+        seconds = {**trainer.seconds, "other": time.perf_counter() - self.start - sum(trainer.seconds.values())}
+        shares = {name: own / sum(seconds.values()) for name, own in seconds.items()}
+        times = {name: f"{own:4.0%} {'█' * round(8 * own)}" for name, own in shares.items()}
+        losses = {name.replace("_", " ")[:12]: f"{value:.3g}" for name, value in trainer.losses.items()}
+        contents = {"[green]episodes": episodes, "[cyan]speed": speed, "[yellow]time": times, "[magenta]losses": losses}
+        columns = [table.Column(title, ratio=1) for title in contents]
+        share = min(1.0, trainer.global_step / self.total)
+        steps = f"[bold]{trainer.global_step:,}[/] of {self.total:,} steps, [bold cyan]{self.left}[/] left"
+        top = table.Table.grid("", table.Column(ratio=1), "", padding=(0, 1), expand=True)
+        top.add_row(f"[bold cyan]{share:4.0%}", progress_bar.ProgressBar(1.0, share, complete_style="cyan"), steps)
+        below = table.Table(*columns, expand=True, box=None)
+        for cells in itertools.zip_longest(*[list(rows.items())[:7] for rows in contents.values()], fillvalue=("", "")):
+            below.add_row(*[f"[dim]{name:<13}[/] [bold]{value}" for name, value in cells])
+        title = f"[bold]{self.args.env_id}[/] on {trainer.device}, {self.args.precision}"
+        texts = {"title": title, "subtitle": "Ctrl-C saves and stops", "border_style": "blue"}
+        return panel.Panel(console.Group(top, below), **texts)
+
+
+# -------------------------------------------------------------------------------------------------------------- modes
+def folder_of(name: str) -> Path:
+    folder = Path("runs", re.sub(r"[^\w.-]+", "-", name))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def train(args: Args, report: Callable[[int, float], None] = lambda step, mean: None) -> float:
+    """Train an agent; returns the mean of its last 100 returns, of which `report` hears after every update."""
+    contents, trainer, mean = load(args.resume) if args.resume else None, Trainer(args), -np.inf
+    path = folder_of(f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}") / "checkpoint.pt"
+
+    def stop(*_: Any) -> None:
+        trainer.stopping = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
+
+    with contextlib.ExitStack() as stack, trainer.envs:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, stop))
+        if contents:
+            restore(trainer, contents)
+        trainer.start()
+        dashboard, is_over = Dashboard(trainer, path.parent), trainer.iteration >= trainer.num_iterations
+        if dashboard.is_shown and dashboard.is_live:
+            stack.enter_context(live.Live(get_renderable=dashboard.render))
+        while not is_over and trainer.collect():
+            trainer.update()
+            mean = float(np.mean(trainer.returns)) if trainer.returns else -np.inf
+            is_done = trainer.stopping or (len(trainer.returns) >= 100 and mean >= args.target_return)
+            is_done = reduce_sum(torch.tensor(float(is_done), device=trainer.device)) > 0  # ranks end together
+            is_over = bool(is_done) or trainer.iteration == trainer.num_iterations
+            dashboard.log(is_over)
+            if RANK == 0 and args.checkpoint_interval and trainer.iteration % args.checkpoint_interval == 0:
+                save(trainer, path)
+            report(trainer.iteration, mean)
+        if RANK == 0:
+            save(trainer, path)
+            dashboard.writer.close()
+    if dashboard.is_shown:
+        print(f"Saved {path}: --resume goes on with it, --mode eval --resume plays it")
+    if trainer.stopping:
+        raise SystemExit(130)
+    return mean
+
+
+def evaluate(args: Args) -> None:
+    """Play a checkpoint, print how it did, and record its first episode beside it as a video or a cast of text."""
+    contents, frames = load(args.resume), []
+    trainer = Trainer(dataclasses.replace(args, num_envs=1, vec="serial", env_batch_size=0, compile=False))
+    with trainer.envs as envs:
+        restore(trainer, contents)
+        trainer.returns.clear()
+        trainer.start()
+        while len(trainer.returns) < args.eval_episodes * envs.num_agents:
+            if envs.render_mode and not trainer.returns:
+                frames.append(np.array(envs.render()[0]))
+            trainer.act()
+            trainer.receive()
+    returns, path = np.array(trainer.returns), Path(args.resume).with_name("eval.mp4")
+    if frames and frames[0].ndim:
+        from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
+
+        ImageSequenceClip(frames, fps=envs.metadata.get("render_fps", 30)).write_videofile(str(path), logger=None)
+    elif frames:  # see https://docs.asciinema.org/manual/asciicast/v2
+        screens = ["\033[H\033[2J" + str(frame).replace("\n", "\r\n") for frame in frames]
+        events = [{"version": 2, "width": 80, "height": 24}, *[[at / 5, "o", text] for at, text in enumerate(screens)]]
+        path = path.with_suffix(".cast")
+        path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    print(f"{len(returns)} episodes: return {returns.mean():.4g} +- {returns.std():.4g}")
+    print(f"Recorded {path}" if frames else f"{args.env_id} cannot draw itself, so nothing was recorded")
+
+
+SEARCH = {  # from, to, and whether on a logarithmic scale
+    **{"learning_rate": (1e-4, 1e-2, True), "ent_coef": (1e-4, 0.1, True), "gae_lambda": (0.8, 0.99, False)},
+    **{"gamma": (0.9, 0.999, False), "clip_coef": (0.1, 0.3, False), "update_epochs": (1, 10, False)},
+}
+
+
+def sweep(args: Args, chosen: list[str]) -> None:
+    """Search over what no flag says; the study is a file, so a search that was killed goes on when called again."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    folder = folder_of(f"sweep__{args.env_id}__{args.exp_name}")
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2)
+    settings = {"study_name": "sweep", "load_if_exists": True, "direction": "maximize", "pruner": pruner}
+    study = optuna.create_study(storage=f"sqlite:///{folder}/study.db", **settings)
+    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # a kill ended it
+    ended = len([trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")])
+
+    def objective(trial: optuna.Trial) -> float:
+        for name, (low, high, log) in SEARCH.items():
+            suggest = trial.suggest_int if isinstance(low, int) else trial.suggest_float
+            setattr(args, name, suggest(name, low, high, log=log) if name in chosen else getattr(args, name))
+
+        def report(step: int, mean: float) -> None:
+            trial.report(mean, step) if np.isfinite(mean) else None
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        return train(dataclasses.replace(args, quiet=True, exp_name=f"{args.exp_name}-{trial.number}"), report)
+
+    def tell(_: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        found = " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in trial.params.items())
+        print(f"trial {trial.number} {trial.state.name.lower()}: return {trial.value} with {found}", flush=True)
+
+    study.optimize(objective, n_trials=max(args.sweep_trials - ended, 0), callbacks=[tell])
+    optuna.visualization.matplotlib.plot_optimization_history(study).figure.savefig(folder / "history.png")
+    print(f"{len(study.trials)} trials, drawn in {folder}/history.png; the best:")
+    tell(study, study.best_trial)
+
+
+def autotune(args: Args, chosen: list[str]) -> None:
+    """Measure ways to step this environment, policy included, and print the command of the fastest."""
+    cores, deadline, results = len(os.sched_getaffinity(0)), time.perf_counter() + 50, []
+    counts = sorted({8, 4 * cores, 16 * cores, 64 * cores}) if "num_envs" in chosen else [args.num_envs]
+    pools = [(count, workers) for count in counts for workers in (cores, 2 * cores) if count % (2 * workers) == 0]
+    ways = [f"--vec serial --num-envs {count}" for count in counts]
+    for count, workers in pools:
+        pool = f"--vec multiprocessing --num-envs {count} --num-workers {workers}"
+        ways += [pool, f"{pool} --env-batch-size {count // 2}", f"{pool} --env-batch-size {count // 2} --no-zero-copy"]
+    for way in ways:
+        if time.perf_counter() < deadline:
+            trainer = Trainer(tyro.cli(Args, args=[*way.split(), "--num-steps", "8"], default=args))
+            with trainer.envs:
+                trainer.start()
+                for seconds in (0.3, 1.0):  # the first to warm up
+                    start, first = time.perf_counter(), trainer.global_step
+                    while time.perf_counter() - start < seconds:
+                        trainer.act()
+                        trainer.receive()
+            results.append(((trainer.global_step - first) / (time.perf_counter() - start), way))
+            print("{:10,.0f} steps/s with {}".format(*results[-1]), flush=True)
+    print(f"Fastest of {len(results)} (of {len(ways)}): python demo.py --env-id {args.env_id} {max(results)[1]}")
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    if args.resume:  # what its arguments say holds, unless a flag says otherwise
+        args = tyro.cli(Args, default=load(args.resume)["args"])
+    chosen = prepare(args)
+    if WORLD_SIZE > 1:
+        distributed.init_process_group(timeout=timedelta(minutes=5))
+    modes = {"train": train, "eval": evaluate, "sweep": partial(sweep, chosen=chosen)}
+    modes.get(args.mode, partial(autotune, chosen=chosen))(args)
+    if WORLD_SIZE > 1:
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

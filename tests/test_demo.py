@@ -1,0 +1,552 @@
+"""demo.py: its experience, its updates, its checkpoints and its modes, on small budgets of real environments."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import tyro
+import yaml
+from gymnasium import spaces
+from rich.console import Console
+from running import ROOT, environment, run
+from test_scripts import running_in_group
+
+import demo
+import puffer_core
+
+torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def trainer_of(env_id, **arguments):
+    """A trainer with its environments at their first observations."""
+    small = {"num_envs": 4, "num_steps": 8, "hidden_size": 16, "total_timesteps": 10**6, "quiet": True, "vec": "serial"}
+    args = demo.Args(env_id=env_id, cuda=False, **(small | arguments))
+    demo.prepare(args)
+    trainer = demo.Trainer(args)
+    with trainer.envs:
+        trainer.start()
+        yield trainer
+
+
+# ----------------------------------------------------------------------------------------------------------- segments
+
+FIELDS = ("observations", "actions", "logprobs", "values", "advantages", "returns", "trainable", "starts")
+
+
+def segments(count, **arguments):
+    """By row and number, the first segments of every row, of a policy whose choices are certain."""
+    found = {}
+    with trainer_of("envs:Uneven", num_envs=6, seed=5, **arguments) as trainer:
+        experience = trainer.experience
+        with torch.no_grad():
+            trainer.policy.actor.weight.mul_(1e6)
+        while min(sum(key[0] == row for key in found) for row in range(6)) < count:
+            assert trainer.collect()
+            before = experience.consumed.copy()
+            for index in trainer.prepare():
+                row = int(index[0]) // experience.num_slots
+                number = before[row] // experience.num_steps
+                assert (row, number) not in found
+                found[row, number] = {name: getattr(experience, name)[index].clone() for name in FIELDS}
+    return found
+
+
+@pytest.mark.parametrize("use_lstm", [False, True])
+def test_segments_do_not_depend_on_who_is_ready_first(use_lstm):
+    """Nor does it matter how many environments are waited for, or whether their rows are copied."""
+    memory = {"use_lstm": use_lstm, "bptt_horizon": 4}
+    expected = segments(4, **memory)
+    assert len({len(expected[row, 0]["actions"].unique()) for row in range(6)}) > 0
+    for workers, batch, zero_copy in ((6, 2, True), (6, 1, True), (3, 4, False), (6, 5, False)):
+        ways = {"vec": "multiprocessing", "num_workers": workers, "env_batch_size": batch, "zero_copy": zero_copy}
+        found = segments(4, **ways, **memory)
+        for row in range(6):
+            for number in range(4):
+                for name in FIELDS:
+                    one, other = expected[row, number][name], found[row, number][name]
+                    torch.testing.assert_close(
+                        one, other, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+                    )
+
+
+def test_a_quick_row_neither_waits_nor_counts_twice():
+    """Where one environment is much slower, the others' segments are taken without it, and its own later."""
+    with trainer_of(
+        "envs:OneSlow", num_envs=2, vec="multiprocessing", num_workers=2, env_batch_size=1, num_steps=4
+    ) as trainer:
+        taken = np.zeros(2, int)
+        while taken.min() < 2:
+            trainer.collect()
+            rows = trainer.prepare()[:, 0] // trainer.experience.num_slots
+            assert len(set(rows.tolist())) == len(rows)
+            taken[rows] += 1
+        assert taken[0] > taken[1]
+        held = trainer.experience.complete - trainer.experience.consumed
+        assert (held <= trainer.experience.num_slots).all()
+
+
+def test_truncation_bootstraps_from_the_last_observation_and_termination_from_nothing():
+    with trainer_of("envs:Uneven", num_steps=16, gamma=0.9, gae_lambda=0.8, reward_scale=2.0) as trainer:
+        trainer.collect()
+        experience, policy = trainer.experience, trainer.policy
+        index = trainer.prepare()
+        observations, ended = experience.observations[index], torch.as_tensor(experience.ended)
+
+        def value(observation):
+            return float(policy(observation.view(1, 1, -1), None, None)[3])
+
+        kinds = set()
+        with torch.no_grad():
+            for row in range(4):
+                advantage = 0.0
+                for step in reversed(range(16)):
+                    seed, episode, number, _ = observations[row, step].tolist()
+                    action = float(experience.actions[index[row, step]])
+                    after = torch.tensor(
+                        [seed, episode, number + 1, action]
+                    )  # also where the row has the next episode's
+                    is_terminated = episode % 2 == 0 and number + 1 == 3
+                    is_truncated = episode % 2 == 1 and number + 1 == 5
+                    kinds.add((is_terminated, is_truncated))
+                    assert ended[row, step] == (is_terminated or is_truncated)
+                    next_value = 0.0 if is_terminated else value(after)
+                    delta = 2 * (number + 1) + 0.9 * next_value - value(observations[row, step])
+                    advantage = delta + 0.9 * 0.8 * advantage * (not ended[row, step])
+                    assert float(experience.advantages[index[row, step]]) == pytest.approx(advantage, abs=1e-4)
+        assert len(kinds) == 3
+
+
+def test_advantages_are_those_of_each_agents_own_time_line():
+    """Against a loop over agents; what is masked is NaN."""
+    generator = torch.Generator().manual_seed(1)
+    rewards, values, next_values = torch.randn(3, 7, 40, generator=generator)
+    terminated, truncated, absent = torch.rand(3, 7, 40, generator=generator) < 0.15
+    ended, valid = terminated | truncated, ~absent
+    poisoned = [part.masked_fill(absent, torch.nan) for part in (rewards, values, next_values)]
+    found = demo.estimate_advantages(*poisoned, terminated, ended, valid, 0.97, 0.9)
+    for row in range(7):
+        advantage = 0.0
+        for step in reversed(range(40)):
+            if absent[row, step]:
+                advantage = 0.0
+                assert found[row, step] == 0
+                continue
+            next_value = 0.0 if terminated[row, step] else next_values[row, step]
+            carried = 0.0 if ended[row, step] else advantage
+            advantage = rewards[row, step] + 0.97 * next_value - values[row, step] + 0.97 * 0.9 * carried
+            assert found[row, step] == pytest.approx(float(advantage), abs=1e-5)
+
+
+@pytest.mark.parametrize("use_lstm", [False, True])
+def test_masked_rows_never_touch_an_update(use_lstm):
+    """Whatever stands in the rows of absent and dead agents, NaN for one, the update is the same bit for bit."""
+    weights = []
+    for poison in (False, True):
+        with trainer_of("envs:FloatTeam", num_envs=2, num_steps=24, use_lstm=use_lstm, bptt_horizon=8) as trainer:
+            trainer.collect()
+            experience = trainer.experience
+            masked = ~experience.valid
+            assert 0.2 < masked.mean() < 0.8
+            if poison:
+                experience.rewards[masked] = np.nan
+                flat = torch.as_tensor(masked.reshape(-1))
+                for name in ("observations", "logprobs", "values", "next_values"):
+                    getattr(experience, name)[flat] = torch.nan
+                experience.actions[flat] = 2**40
+            trainer.update()
+            assert all(np.isfinite(value) for value in trainer.losses.values())
+            weights.append(trainer.policy.state_dict())
+    assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
+
+
+def test_agents_that_come_and_go_are_trained_on_while_they_live():
+    """The rows of `FloatTeam`, by hand: agent 1 dies on the first step of the first episode, and is absent then."""
+    with trainer_of("envs:FloatTeam", num_envs=1, num_steps=8) as trainer:
+        trainer.collect()
+        valid, ended = trainer.experience.valid, trainer.experience.ended
+        assert valid.tolist() == [
+            [True, True, True, True, True, False, False, False],
+            [True, False, False, True, True, True, True, True],
+            [False, False, True, True, True, True, False, False],
+        ]
+        assert (ended & valid).tolist() == [
+            [False, False, False, True, True, False, False, False],
+            [True, False, False, True, False, False, False, True],
+            [False, False, False, True, False, True, False, False],
+        ]
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "envs:FloatTeam", "envs:Uneven"])
+@pytest.mark.parametrize("use_lstm", [False, True])
+def test_recomputed_logprobs_equal_the_sampled_ones(env_id, use_lstm):
+    ways = {"vec": "multiprocessing", "num_workers": 4, "env_batch_size": 2} if env_id == "envs:Uneven" else {}
+    with trainer_of(env_id, num_steps=64, use_lstm=use_lstm, bptt_horizon=16, **ways) as trainer, torch.no_grad():
+        trainer.collect()
+        experience, index = trainer.experience, trainer.prepare()
+        index = index.view(-1, experience.horizon)
+        assert experience.starts[index].any()
+        state = experience.states[index[:, 0] // 16] if use_lstm else None
+        steps = (experience.observations[index], state, experience.starts[index], experience.actions[index])
+        _, logprobs, _, values, _ = trainer.policy(*steps)
+        kept = experience.trainable[index]
+        torch.testing.assert_close(logprobs[kept], experience.logprobs[index][kept], rtol=0, atol=1e-5)
+        torch.testing.assert_close(values[kept], experience.values[index][kept], rtol=0, atol=1e-4)
+
+
+def learned(tmp_path, monkeypatch, env_id, **arguments):
+    monkeypatch.chdir(tmp_path)
+    args = demo.Args(env_id=env_id, cuda=False, quiet=True, vec="serial", **arguments)
+    demo.prepare(args)
+    return demo.train(args)
+
+
+def test_only_a_memory_solves_a_memory_task(tmp_path, monkeypatch):
+    settings = {"num_steps": 64, "hidden_size": 32, "learning_rate": 5e-3, "target_return": 0.95}
+    assert learned(tmp_path, monkeypatch, "envs:Recall", use_lstm=True, total_timesteps=25_000, **settings) >= 0.95
+    assert learned(tmp_path, monkeypatch, "envs:Recall", total_timesteps=10_000, **settings) < 0.75
+
+
+# ----------------------------------------------------------------------------------------------------------- networks
+
+SPACES = {
+    "frames": (spaces.Box(0, 255, (4, 84, 84), np.uint8), spaces.Discrete(4)),
+    "channels last": (spaces.Box(0, 255, (64, 48, 3), np.uint8), spaces.Box(-2, 2, (3,), np.float32)),
+    "numbers": (spaces.Box(-1, 1, (3, 2), np.float32), spaces.MultiDiscrete([3, 2])),
+    "nested numbers": (
+        spaces.Dict({"a": spaces.Box(-1, 1, (), np.float32), "b": spaces.Box(-1, 1, (2,), np.float64)}),
+        spaces.Discrete(2, start=3),
+    ),
+    "bytes": (spaces.Box(0, 255, (128,), np.uint8), spaces.Discrete(2)),
+    "category": (spaces.Discrete(5, start=-2), spaces.Discrete(2)),
+    "structure": (
+        spaces.Dict(
+            {
+                "image": spaces.Box(0, 255, (3, 40, 40), np.uint8),
+                "rest": spaces.Tuple([spaces.MultiBinary(3), spaces.MultiDiscrete([2, 3], start=[1, -1])]),
+            }
+        ),
+        spaces.Box(-np.inf, np.inf, (2,), np.float64),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("use_lstm", [False, True])
+def test_a_policy_fits_any_spaces(name, use_lstm):
+    space, action_space = SPACES[name]
+    layout = puffer_core.Layout(space)
+    args = demo.Args(hidden_size=8, use_lstm=use_lstm)
+    policy = demo.Policy(layout, action_space, args)
+    space.seed(1)
+    rows = torch.as_tensor(np.stack([layout.flatten(space.sample()) for _ in range(6)])).unflatten(0, (3, 2))
+    state, starts = torch.zeros(3, 16), torch.zeros(3, 2, dtype=torch.bool)
+    actions, logprobs, entropies, values, _ = policy(rows, state, starts)
+    assert logprobs.shape == entropies.shape == values.shape == (3, 2)
+    assert torch.isfinite(logprobs).all() and torch.isfinite(values).all()
+    for action in policy.for_envs(actions[:, 0]):
+        assert action.dtype == action_space.dtype and action.shape == action_space.shape
+        assert isinstance(action_space, spaces.Box) or action_space.contains(action)
+    torch.testing.assert_close(policy(rows, state, starts, actions)[1], logprobs)
+    assert not torch.allclose(values, policy(rows.flip(0), state, starts)[3])  # it looks at what it is given
+
+
+def test_actions_of_a_multi_discrete_space_are_several_categoricals():
+    policy = demo.Policy(
+        puffer_core.Layout(SPACES["numbers"][0]), spaces.MultiDiscrete([3, 2]), demo.Args(hidden_size=8)
+    )
+    logits, actions = torch.randn(4, 1, 5), torch.tensor([[[0, 1]], [[2, 0]], [[1, 1]], [[0, 0]]])
+    heads = [torch.distributions.Categorical(logits=part) for part in logits.split([3, 2], -1)]
+    _, logprobs, entropies = policy.act(logits, actions)
+    torch.testing.assert_close(logprobs, sum(head.log_prob(actions[..., at]) for at, head in enumerate(heads)))
+    torch.testing.assert_close(entropies, sum(head.entropy() for head in heads))
+
+
+# -------------------------------------------------------------------------------------- updates, checkpoints, logging
+
+
+def updated(updates, **arguments):
+    with trainer_of("CartPole-v1", **arguments) as trainer:
+        for _ in range(updates):
+            trainer.collect()
+            trainer.update()
+        return trainer.policy.state_dict(), trainer.losses, list(trainer.returns)
+
+
+def test_one_seed_gives_one_result_bit_for_bit():
+    weights, losses, returns = updated(3, vec="multiprocessing", num_steps=32)
+    again, same_losses, same_returns = updated(3, num_steps=32)
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert losses == same_losses and returns == same_returns and returns
+    assert updated(3, num_steps=32, seed=2)[1] != losses
+
+
+def test_a_resumed_run_goes_on_with_its_schedule_counts_and_random_numbers(tmp_path):
+    with trainer_of("CartPole-v1", total_timesteps=10 * 32) as trainer:
+        for _ in range(4):
+            trainer.collect()
+            trainer.update()
+        demo.save(trainer, tmp_path / "checkpoint.pt")
+        drawn, rates = torch.rand(3), []
+        for _ in range(2):
+            trainer.collect()
+            trainer.update()
+            rates.append(trainer.optimizer.param_groups[0]["lr"])
+    contents = demo.load(str(tmp_path / "checkpoint.pt"))
+    with trainer_of("CartPole-v1", total_timesteps=10 * 32, seed=7) as resumed:
+        demo.restore(resumed, contents)
+        assert (resumed.iteration, resumed.global_step) == (4, 4 * 32 + 4)  # with the first observations
+        assert torch.equal(torch.rand(3), drawn)
+        moments = resumed.optimizer.state_dict()["state"][0]
+        assert moments["step"] == 4 * 4 * 4 and moments["exp_avg"].abs().sum() > 0
+        resumed.start()
+        for rate in rates:
+            resumed.collect()
+            resumed.update()
+            assert resumed.optimizer.param_groups[0]["lr"] == rate
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run from the command line, with its checkpoint."""
+    flags = ("--env-id", "MiniHack-Room-5x5-v0", "--num-envs", "4", "--num-steps", "32", "--total-timesteps", "512")
+    return run(
+        "demo.py", *flags, "--hidden-size", "16", "--num-workers", "2", "--checkpoint-interval", "1", "--no-cuda"
+    )
+
+
+def test_a_run_prints_logs_and_saves(finished):
+    assert finished.returncode == 0 and not finished.lines("\033"), finished.stderr
+    assert finished.lines("MiniHack-Room-5x5-v0 (nethack): total_timesteps") == []  # a flag was given
+    assert finished.lines("MiniHack-Room-5x5-v0 (nethack): ")
+    assert re.match(r"global_step=516 SPS=\d+ episodic_return=", finished.lines("global_step=")[-1])
+    tags = set(finished.events().Tags()["scalars"])
+    assert {"charts/SPS", "charts/learning_rate", "losses/value_loss", "losses/explained_variance"} <= tags
+    (path,) = finished.directory.glob("runs/*/checkpoint.pt")
+    assert torch.load(path, weights_only=True)["iteration"] == 4
+    assert not list(finished.directory.glob("runs/*/*.part"))
+
+
+def test_nethack_is_played_and_recorded_as_text(finished):
+    (path,) = finished.directory.glob("runs/*/checkpoint.pt")
+    played = run("demo.py", "--mode", "eval", "--resume", str(path), "--eval-episodes", "2")
+    assert re.search(r"^2 episodes: return -?[\d.]+ \+- [\d.]+$", played.stdout, re.MULTILINE), played.stderr
+    header, *events = [json.loads(line) for line in path.with_name("eval.cast").read_text().splitlines()]
+    assert header == {"version": 2, "width": 80, "height": 24}
+    assert [event[0] for event in events] == [at / 5 for at in range(len(events))]
+    screens = [re.sub(r"\033\[[\d;]*[A-Za-z]", "", text) for _, kind, text in events if kind == "o"]
+    assert len(screens) == len(events) > 1
+    assert all("@" in screen and "HP:" in screen and screen.count("\r\n") == 23 for screen in screens)
+
+
+def test_atari_is_played_and_recorded_as_video(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = demo.Args(num_envs=2, num_steps=8, total_timesteps=16, vec="serial", quiet=True, cuda=False)
+    demo.prepare(args)
+    demo.train(args)
+    (path,) = tmp_path.glob("runs/*/checkpoint.pt")
+    demo.evaluate(dataclasses.replace(args, mode="eval", resume=str(path), eval_episodes=1))
+    assert "1 episodes: return" in capsys.readouterr().out
+    video = cv2.VideoCapture(str(path.with_name("eval.mp4")))
+    assert video.read()[1].shape == (210, 160, 3) and video.get(cv2.CAP_PROP_FRAME_COUNT) > 100
+
+
+WRONG = {
+    "--num-envs 0": "--num-envs 0: expected at least 1",
+    "--num-envs 6 --num-workers 4": "--num-workers 4: expected to divide --num-envs",
+    "--num-envs 8 --num-workers 4 --env-batch-size 3": "--env-batch-size 3: expected a multiple of a worker's 2",
+    "--num-envs 8 --num-workers 8 --env-batch-size 3": "--env-batch-size 3: expected to divide --num-envs",
+    "--num-envs 8 --env-batch-size 4": "--env-batch-size 4: expected --num-workers beside it",
+    "--use-lstm --num-steps 40": "--bptt-horizon 16: expected to divide --num-steps",
+    "--total-timesteps 100": "--total-timesteps 100: expected at least one update, 1024",
+    "--mode eval": "--mode eval: expected --resume CHECKPOINT beside it",
+    "--env-id CartPoll-v1": "--env-id CartPoll-v1: Environment `CartPoll` doesn't exist",
+    "--env-id nothing:here": "--env-id nothing:here: No module named 'nothing'",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_a_wrong_argument_is_told_in_a_line(flags):
+    args = tyro.cli(demo.Args, args=["--env-id", "CartPole-v1", *flags.split()])
+    with pytest.raises(SystemExit) as end:
+        demo.prepare(args)
+    assert str(end.value).startswith(WRONG[flags]) and "\n" not in str(end.value)
+
+
+def test_a_checkpoint_that_cannot_be_used_is_told_in_a_line(tmp_path):
+    with trainer_of("CartPole-v1") as trainer:
+        demo.save(trainer, tmp_path / "good.pt")
+    whole = (tmp_path / "good.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    for name in ("cut.pt", "other.pt", "missing.pt"):
+        with pytest.raises(SystemExit, match=r"--resume .*: expected a checkpoint of demo.py, cannot read it") as end:
+            demo.load(str(tmp_path / name))
+        assert "\n" not in str(end.value)
+    contents = demo.load(str(tmp_path / "good.pt"))
+    for env_id, arguments in {"Acrobot-v1": {}, "CartPole-v1": {"hidden_size": 8}}.items():
+        with trainer_of(env_id, **arguments) as trainer:
+            with pytest.raises(SystemExit, match="expected a checkpoint for") as end:
+                demo.restore(trainer, contents)
+            assert "\n" not in str(end.value)
+
+
+def started(directory, *flags):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "demo.py"), "--env-id", "CartPole-v1", "--no-cuda", *flags],
+        cwd=directory,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path):
+    """Killed as soon as a second checkpoint is being written beside the first."""
+    flags = ("--num-steps", "1", "--num-minibatches", "1", "--update-epochs", "1", "--checkpoint-interval", "1")
+    process = started(tmp_path, *flags, "--hidden-size", "1024", "--vec", "serial", "--num-envs", "1")
+    try:
+        (path,) = wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")))
+        before = demo.load(str(path))["iteration"]
+        for _ in range(200):
+            wait_for(lambda: path.with_suffix(".part").exists())
+            os.kill(process.pid, signal.SIGSTOP)  # to look at it in peace
+            if path.with_suffix(".part").exists():
+                break
+            os.kill(process.pid, signal.SIGCONT)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        part = path.with_suffix(".part")
+        assert part.exists()  # it was in the middle of writing
+        assert demo.load(str(path))["iteration"] >= before
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_ctrl_c_saves_and_leaves_no_process(tmp_path):
+    process = started(tmp_path, "--num-steps", "32", "--num-workers", "2", "--checkpoint-interval", "0")
+    try:
+        assert any(line.startswith("global_step=") for line in process.stdout)
+        os.killpg(process.pid, signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=30)
+        wait_for(lambda: not running_in_group(process.pid), 5)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in stderr
+    (path,) = tmp_path.glob("runs/*/checkpoint.pt")
+    assert demo.load(str(path))["iteration"] > 0
+    assert f"Saved {path.relative_to(tmp_path)}" in stdout
+
+
+def test_the_dashboard_shows_where_a_run_stands(tmp_path):
+    with trainer_of("CartPole-v1", num_steps=32, total_timesteps=1280) as trainer:
+        dashboard = demo.Dashboard(trainer, tmp_path)
+        for _ in range(3):
+            trainer.collect()
+            trainer.update()
+            dashboard.log(is_last=False)
+        console = Console(width=140, record=True, file=open(os.devnull, "w"))
+        console.print(dashboard.render())
+        text = console.export_text()
+        dashboard.writer.close()
+    step, loss = f"{trainer.global_step:,} of 1,280 steps", f"{trainer.losses['value_loss']:.3g}"
+    for part in (
+        "CartPole-v1",
+        step,
+        loss,
+        "env wait",
+        "inference",
+        "update",
+        "copies",
+        "CPU",
+        "GiB",
+        "entropy",
+        "left",
+    ):
+        assert part in text
+    assert f"{np.mean(trainer.returns):.4g}" in text and set("▁█") & set(text)
+
+
+# -------------------------------------------------------------------------------------------------- sweep and autotune
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_parameters_of_sweeps_are_flags(path):
+    config = yaml.safe_load(path.read_text())
+    assert config["program"] == "demo.py" and config["metric"]["name"] == "charts/episodic_return"
+    fixed = [word for word in config["command"] if not word.startswith("${")]
+    for pick in (0, -1):
+        drawn = {}
+        for name, rule in config["parameters"].items():
+            drawn[name] = rule.get("values", [rule.get("value", rule.get("min")), rule.get("value", rule.get("max"))])[
+                pick
+            ]
+        args = tyro.cli(demo.Args, args=[*fixed, *[f"--{name}={value}" for name, value in drawn.items()]])
+        assert {name: getattr(args, name) for name in drawn} == drawn and args.track
+        demo.prepare(args)
+
+
+def test_a_sweep_that_was_killed_goes_on(tmp_path):
+    flags = (
+        "--mode",
+        "sweep",
+        "--sweep-trials",
+        "4",
+        "--num-steps",
+        "16",
+        "--total-timesteps",
+        "512",
+        "--vec",
+        "serial",
+    )
+    process = started(tmp_path, *flags)
+    assert any(line.startswith("trial 1 ") for line in process.stdout)
+    process.kill()
+    process.communicate()
+    again = started(tmp_path, *flags)
+    stdout, stderr = again.communicate(timeout=100)
+    assert again.returncode == 0, stderr
+    ended = [line for line in stdout.splitlines() if line.startswith("trial ")]
+    assert len(ended) == 2 + 1  # the other two, and the best of all
+    assert not any("--num-steps" in line for line in ended)  # a flag is not searched over
+    arguments = ended[-1].partition(" with ")[2]
+    assert tyro.cli(demo.Args, args=arguments.split()).learning_rate > 0
+    picture = cv2.imread(str(next(tmp_path.glob("runs/sweep__*/history.png"))))
+    assert picture.std() > 0
+
+
+def test_autotune_measures_and_names_a_command(capsys):
+    args = demo.Args(env_id="CartPole-v1", mode="autotune", num_envs=4, cuda=False, quiet=True)
+    demo.autotune(args, demo.prepare(args))
+    *measured, last = capsys.readouterr().out.splitlines()
+    speeds = {line.partition(" with ")[2]: float(line.split()[0].replace(",", "")) for line in measured}
+    assert len(speeds) >= 4 and min(speeds.values()) > 0
+    command = last.partition(": ")[2]
+    assert command.startswith("python demo.py --env-id CartPole-v1 --vec ")
+    assert max(speeds, key=speeds.get) in command
+    demo.prepare(tyro.cli(demo.Args, args=shlex.split(command)[2:]))
