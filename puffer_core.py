@@ -216,12 +216,15 @@ class ActionLayout:
 
     def unflatten(self, flat: Any) -> Any:
         """Return a sample of the space, Box values clipped and rounded; ValueError: wrong shape, NaN, out of range."""
+        try:
+            if (action := operator.index(flat)) in self.valid:  # a Discrete's: 0.2 us, where what follows takes 8
+                return action
+        except TypeError:  # not one integer
+            pass
         values, is_box = np.asarray(flat), isinstance(self.flat_space, spaces.Box)
         fits = not np.isnan(values).any() if is_box else self.flat_space.contains(values)
         if values.shape != self.flat_space.shape or not fits:
             raise ValueError(f"expected an action in {self.flat_space}, got {flat}")
-        if self.valid:
-            return int(flat)
 
         def take(leaf: Leaf, part: np.ndarray) -> Any:
             if isinstance(leaf.space, spaces.Discrete):
