@@ -140,7 +140,7 @@ def _pufferlib(backend: str, case: Case, **settings: Any) -> Opened:
         return adapter(env_creator=case.environment.make, **arguments)
 
     backend = getattr(pufferlib.vector, backend)
-    envs = pufferlib.vector.make([make] * case.num_envs, backend=backend, num_envs=case.num_envs, **settings)
+    envs = pufferlib.vector.make(make, backend=backend, num_envs=case.num_envs, **settings)
     envs.async_reset(1)
     if "batch_size" not in settings:
         envs.recv()
@@ -239,7 +239,7 @@ class Contender(NamedTuple):
 
     def version(self) -> str | None:
         """Return the version that is installed, None if none is."""
-        return records.version(self.library) if self.library else records.commit()
+        return records.version(self.library)
 
 
 def _workers(case: Case, times: int = 1) -> int:

@@ -40,8 +40,10 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def version(library: str) -> str | None:
-    """Return the version of a package that is installed, None if none is."""
+def version(library: str | None) -> str | None:
+    """Return the version of a package that is installed, None if none is; without a name, this project's commit."""
+    if library is None:
+        return commit()
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:

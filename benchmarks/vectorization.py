@@ -11,6 +11,7 @@ another. Every case ends with a file benchmarks/results/vectorization-CASE.json 
 
 import contextlib
 import fnmatch
+import importlib
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,7 @@ import statistics
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +33,7 @@ from benchmarks import records
 from benchmarks.contenders import CASES, CONTENDERS, CORES, Case, Contender, Opened
 
 QUICK = ("noop-64", "cartpole-8", "spin-spread-8", "minihack-8", "breakout-8", "spread-8", "workers-spin")
-PRELOAD = ["benchmarks.contenders", "stable_baselines3", "minihack", "mpe2.simple_spread_v3", "atari_wrappers"]
+PRELOAD = ("stable_baselines3", "minihack", "mpe2.simple_spread_v3", "atari_wrappers")  # once, not in every host
 TRIALS = 3  # of each of the settings that may be best
 ANSWER_SECONDS = 300.0  # a host that says nothing for so long has failed
 
@@ -111,9 +113,10 @@ def open_best(case: Case, contender: Contender, choices: list[dict], seconds: fl
     return choices[0], opened[0]
 
 
-def serve(pipe: Any, case_name: str, name: str, choices: list[dict], seconds: float) -> None:
+def serve(pipe: Any, main_end: Any, case_name: str, name: str, choices: list[dict], seconds: float) -> None:
     """Be a host: open a contender, then measure it for as long as the pipe says, whenever it does."""
-    os.setpgid(0, 0)  # with its workers, so that they can be stopped together; and end together, if orphaned meanwhile
+    main_end.close()
+    os.setpgid(0, 0)  # with its workers: they can be stopped together, and if the main process dies the system ends all
     multiprocessing.set_start_method("fork", force=True)  # of workers: all the same once they run, and quickest to start
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1), os.dup2(silence, 2)  # emulators greet; what goes wrong is sent
@@ -142,9 +145,9 @@ class Host:
     """The main process's end of a host. It is stopped except while it opens or measures."""
 
     def __init__(self, *arguments: Any):
-        context = multiprocessing.get_context("forkserver")
+        context = multiprocessing.get_context("fork")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, *arguments))
+        self.process = context.Process(target=serve, args=(theirs, self.pipe, *arguments))
         self.process.start()
         theirs.close()
 
@@ -236,7 +239,6 @@ def failures_of(row: Row) -> Iterator[None]:
     except (RuntimeError, OSError, EOFError) as error:
         row.error = f"failed: {str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)}"
         row.samples.clear()
-        print(f"{row.name}: {error}", file=sys.stderr)
         while row.hosts:
             row.hosts.pop().close()
 
@@ -295,18 +297,23 @@ def plan_of(args: Args) -> dict[str, list[Row]]:
 def main() -> None:
     """Measure what the flags say."""
     args = tyro.cli(Args)
+    warnings.simplefilter("ignore")  # of libraries, when they are imported
     plan, source = plan_of(args), records.provenance()
     total = planned_seconds(plan, args.rounds, args.seconds)
     print(f"{len(plan)} cases, about {total / 60:.0f} minutes")
-    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
-    os.environ.update(PYGAME_HIDE_SUPPORT_PROMPT="1", PYTHONWARNINGS="ignore")
-    multiprocessing.set_forkserver_preload(PRELOAD)  # imported once, not by every host
+    for module in PRELOAD:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
     columns = (TextColumn("{task.description:16}"), BarColumn(None), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
+    # Without a thread of its own: hosts are forks, and nothing should run beside the one that is measured.
+    with Progress(*columns, auto_refresh=False, disable=not sys.stdout.isatty()) as progress:
         task = progress.add_task("", total=total)
         for name, rows in plan.items():
-            progress.update(task, description=name)
-            compare(name, rows, args.rounds, args.seconds, lambda seconds: progress.advance(task, seconds))
+
+            def spent(seconds: float, name: str = name) -> None:
+                progress.update(task, advance=seconds, description=name, refresh=True)
+
+            compare(name, rows, args.rounds, args.seconds, spent)
             entries = [record(name, row) for row in rows]
             print("\n".join([f"{name}: {CASES[name].title}", *map(line, entries)]), flush=True)
             if args.contenders == ("*",):
