@@ -40,7 +40,7 @@ class Case(NamedTuple):
     @property
     def title(self) -> str:
         """What a heading says."""
-        return f"{self.environment.title}, {self.num_envs} environments" + ", by workers" * bool(self.workers)
+        return f"{self.environment.title}, {self.num_envs} envs" + ", by workers" * bool(self.workers)
 
     @property
     def env_fns(self) -> list[Callable]:
@@ -62,7 +62,7 @@ ENVIRONMENTS = {
     "spin-reset": Environment("100 us, slow resets", partial(environments.Spin, slow_reset=True), 4),
     "minihack": Environment("MiniHack River", environments.minihack, 8, sizes=(8, 48), seconds=0.02),
     "breakout": Environment("Breakout", environments.breakout, 4, seconds=0.2),
-    "spread": Environment("PettingZoo simple_spread", environments.spread, 5, num_agents=3),
+    "spread": Environment("simple_spread, 3 agents", environments.spread, 5, num_agents=3),
 }
 SWEEP = (1, 2, 4, 8, 16)
 CASES = {
@@ -216,7 +216,8 @@ class Contender(NamedTuple):
         kind: what it is fairly compared with.
         library: the package that has it, None for this project.
         open: takes a case and one of its settings.
-        settings: those that may be best for a case, each tried for a moment; none where it does not apply.
+        settings: returns those that may be best for a case, each of which is tried for a moment.
+        where: tells the cases that it can step.
         workers: the setting that a sweep varies, if there is one.
         processes: how many of it run at once.
     """
@@ -224,18 +225,20 @@ class Contender(NamedTuple):
     kind: str
     library: str | None
     open: Callable
-    settings: Callable[[Case], list[dict]]
+    settings: Callable[[Case], list[dict]] = lambda case: [{}]
+    where: Callable[[Case], bool] = lambda case: True
     workers: str = ""
     processes: int = 1
 
     def choices(self, case: Case) -> list[tuple[int | None, list[dict]]]:
         """Return the rows that this contender has in a case: a worker count (None outside sweeps), and settings."""
-        settings = [] if case.workers and self.kind == "in process" else self.settings(case)
-        if not (settings and case.workers and self.workers):
-            return [(None, settings)] if settings else []
-        fixed = {key: value for key, value in settings[0].items() if key != self.workers}
-        least = 2 if "batch_size" in fixed else 1  # with a single worker, nothing is ready first
-        return [(count, [{**fixed, self.workers: count}]) for count in case.workers if count >= least]
+        if not self.where(case) or (case.workers and self.kind == "in process"):
+            return []
+        settings = self.settings(case)
+        if not case.workers or not self.workers:
+            return [(None, settings)]
+        least = 2 if "batch_size" in settings[0] else 1  # with a single worker, nothing is ready first
+        return [(count, [{**settings[0], self.workers: count}]) for count in case.workers if count >= least]
 
     def version(self) -> str | None:
         """Return the version that is installed, None if none is."""
@@ -253,8 +256,11 @@ def _first_ready(case: Case, *times: int, **settings: Any) -> list[dict]:
     return [{"batch_size": case.num_envs // 2, "num_workers": count, **settings} for count in counts]
 
 
-def _only(applies: Callable[[Case], bool], settings: Callable[[Case], list[dict]]) -> Callable[[Case], list[dict]]:
-    return lambda case: settings(case) if applies(case) else []
+def _threads(*batch_sizes: int, **settings: Any) -> list[dict]:
+    """C++ pools: as many threads as there are cores, or as they choose themselves (0), free or bound to cores."""
+    threads = ((CORES, -1), (0, -1), (0, 0))
+    pools = [{"num_threads": count, "thread_affinity_offset": offset, **settings} for count, offset in threads]
+    return [{**pool, "batch_size": size} for size in batch_sizes for pool in pools] or pools
 
 
 def _single(case: Case) -> bool:
@@ -262,7 +268,7 @@ def _single(case: Case) -> bool:
 
 
 def _team(case: Case) -> bool:
-    return not _single(case)
+    return case.environment.num_agents > 1
 
 
 def _atari(case: Case) -> bool:
@@ -273,10 +279,8 @@ def _has_infos(case: Case) -> bool:
     return case.environment in (ENVIRONMENTS["minihack"], ENVIRONMENTS["breakout"]) and not case.workers
 
 
-def _threads(case: Case, **settings: Any) -> list[dict]:
-    """C++ pools: as many threads as there are cores, or as they choose themselves (0), free or bound to cores."""
-    pairs = ((CORES, -1), (0, -1), (0, 0))
-    return [{"num_threads": count, "thread_affinity_offset": offset, **settings} for count, offset in pairs]
+def _no_sweep(case: Case) -> bool:
+    return not case.workers
 
 
 GYMNASIUM = {"copy": False, "autoreset_mode": SAME_STEP}
@@ -285,65 +289,60 @@ ALE = {"episodic_life": True, "noop_max": 30, "frameskip": 4, "stack_num": 4, "a
 PUFFERLIB = {"num_workers": CORES, "overwork": True}
 
 CONTENDERS = {
-    "Puffer Serial": Contender("in process", None, partial(_puffer, "Serial"), lambda case: [{}]),
-    "Puffer sync": Contender(
+    "puffer_core Serial": Contender("in process", None, partial(_puffer, "Serial")),
+    "puffer_core sync": Contender(
         "sync", None, partial(_puffer, "Multiprocessing"),
-        lambda case: [{"num_workers": max(c for c in range(1, CORES + 1) if case.num_envs % c == 0)}], "num_workers",
+        lambda case: [{"num_workers": max(count for count in range(1, CORES + 1) if case.num_envs % count == 0)}],
+        workers="num_workers",
     ),
-    "Puffer sync, all infos": Contender(
-        "sync", None, partial(_puffer, "Multiprocessing"), _only(_has_infos, lambda case: [{"infos": "all"}]),
+    "puffer_core sync, all infos": Contender(
+        "sync", None, partial(_puffer, "Multiprocessing"), lambda case: [{"infos": "all"}], _has_infos,
     ),
-    "Puffer first-ready": Contender(
+    "puffer_core first-ready": Contender(
         "first-ready", None, partial(_puffer, "Multiprocessing"),
-        lambda case: _first_ready(case, 1, 2, zero_copy=True), "num_workers",
+        lambda case: _first_ready(case, 1, 2, zero_copy=True), workers="num_workers",
     ),
-    "Puffer first-ready, gathered": Contender(
+    "puffer_core first-ready, gathered": Contender(
         "first-ready", None, partial(_puffer, "Multiprocessing"),
-        _only(lambda case: not case.workers, lambda case: _first_ready(case, 2, 4, zero_copy=False)),
+        lambda case: _first_ready(case, 2, 4, zero_copy=False), _no_sweep,
     ),
     "Gymnasium SyncVectorEnv": Contender(
-        "in process", "gymnasium", partial(_gymnasium, "SyncVectorEnv"), _only(_single, lambda case: [GYMNASIUM]),
+        "in process", "gymnasium", partial(_gymnasium, "SyncVectorEnv"), lambda case: [GYMNASIUM], _single,
     ),
     "Gymnasium AsyncVectorEnv": Contender(
         "sync", "gymnasium", partial(_gymnasium, "AsyncVectorEnv"),
-        _only(_single, lambda case: [{**GYMNASIUM, "shared_memory": True}]),
+        lambda case: [{**GYMNASIUM, "shared_memory": True}], _single,
     ),
-    "SB3 DummyVecEnv": Contender(
-        "in process", "stable-baselines3", partial(_sb3, "DummyVecEnv"), _only(_single, lambda case: [{}]),
-    ),
+    "SB3 DummyVecEnv": Contender("in process", "stable-baselines3", partial(_sb3, "DummyVecEnv"), where=_single),
     "SB3 SubprocVecEnv": Contender(
-        "sync", "stable-baselines3", partial(_sb3, "SubprocVecEnv"),
-        _only(_single, lambda case: [{"start_method": "fork"}]),
+        "sync", "stable-baselines3", partial(_sb3, "SubprocVecEnv"), lambda case: [{"start_method": "fork"}], _single,
     ),
-    "SuperSuit, in process": Contender(
-        "in process", "supersuit", _supersuit, _only(_team, lambda case: [{"num_cpus": 0}]),
-    ),
-    "SuperSuit": Contender("sync", "supersuit", _supersuit, _only(_team, lambda case: [{"num_cpus": max(2, CORES)}])),
+    "SuperSuit, in process": Contender("in process", "supersuit", _supersuit, lambda case: [{"num_cpus": 0}], _team),
+    "SuperSuit": Contender("sync", "supersuit", _supersuit, lambda case: [{"num_cpus": max(2, CORES)}], _team),
     "EnvPool sync": Contender(
-        "sync", "envpool", _envpool, _only(_atari, lambda case: _threads(case, **ENVPOOL)), "num_threads",
+        "sync", "envpool", _envpool, lambda case: _threads(**ENVPOOL), _atari, "num_threads",
     ),
     "EnvPool async": Contender(
-        "first-ready", "envpool", _envpool,
-        _only(_atari, lambda case: _threads(case, **ENVPOOL, batch_size=case.num_envs // 2)), "num_threads",
+        "first-ready", "envpool", _envpool, lambda case: _threads(case.num_envs // 2, **ENVPOOL), _atari, "num_threads",
     ),
-    "ALE vector sync": Contender("sync", "ale-py", _ale, _only(_atari, lambda case: _threads(case, **ALE)), "num_threads"),
+    "ALE vector sync": Contender("sync", "ale-py", _ale, lambda case: _threads(**ALE), _atari, "num_threads"),
     "ALE vector async": Contender(
         "first-ready", "ale-py", _ale,
-        _only(_atari, lambda case: [
-            settings for parts in (2, 4) for settings in _threads(case, **ALE, batch_size=case.num_envs // parts)
-        ]), "num_threads",
+        lambda case: _threads(case.num_envs // 2, case.num_envs // 4, **ALE), _atari, "num_threads",
     ),
-    "PufferLib Serial": Contender("in process", "pufferlib-core", partial(_pufferlib, "Serial"), lambda case: [{}]),
+    "PufferLib Serial": Contender("in process", "pufferlib-core", partial(_pufferlib, "Serial")),
     "PufferLib sync": Contender(
-        "sync", "pufferlib-core", partial(_pufferlib, "Multiprocessing"), lambda case: [PUFFERLIB], "num_workers",
+        "sync", "pufferlib-core", partial(_pufferlib, "Multiprocessing"), lambda case: [PUFFERLIB],
+        workers="num_workers",
     ),
     "PufferLib first-ready": Contender(
         "first-ready", "pufferlib-core", partial(_pufferlib, "Multiprocessing"),
         lambda case: [
             {**PUFFERLIB, "num_workers": _workers(case), "batch_size": case.num_envs // 2, "sync_traj": in_turn}
             for in_turn in (False, True)
-        ], "num_workers",
+        ],
+        workers="num_workers",
     ),
-    "1 bare process": Contender("limit", None, _bare, lambda case: [{}]),
-    f"{CORES} bare processes": Contender("limit", None, _bare, lambda case: [{}], processes=CORES),
+    "1 bare process": Contender("limit", None, _bare),
+    f"{CORES} bare processes": Contender("limit", None, _bare, processes=CORES),
 }  # fmt: skip

@@ -9,8 +9,9 @@ the one space, that assigns leaf by leaf into views bound beforehand, or slices 
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from rich.progress import track
 from benchmarks import environments, records
 from puffer_core import Layout
 
-BATCH = 64  # rows that a policy unpacks at once
+BATCH = 64  # rows that a policy unpacks at once, and reads: a compiled function that only makes views does nothing
 SAMPLES = 64  # different observations, one after another
 
 
@@ -53,19 +54,16 @@ def observations() -> dict[str, tuple[spaces.Space, list]]:
     blackjack = spaces.Tuple([spaces.Discrete(32), spaces.Discrete(11), spaces.Discrete(2)])
     blackjack.seed(1)
     return {
-        "MiniHack, new arrays": (env.observation_space, fresh),
-        "MiniHack, arrays filled anew": (env.observation_space, fresh[:1] * SAMPLES),
+        "MiniHack": (env.observation_space, fresh),
         "Blackjack": (blackjack, [blackjack.sample() for _ in range(SAMPLES)]),
+        "MiniHack, same arrays": (env.observation_space, fresh[:1] * SAMPLES),
     }
 
 
 def bare_flatten(layout: Layout, row: np.ndarray) -> Callable:
     """Return leaf by leaf assignment into views that are bound to one row."""
-    struct = row.view(layout.dtype)[0]
-    if isinstance(layout.space, spaces.Dict):
-        pairs = [(key, struct[key]) for key in layout.dtype.names]
-    else:
-        pairs = [(index, row.view(layout.dtype)[name]) for index, name in enumerate(layout.dtype.names)]
+    keys = layout.space.keys() if isinstance(layout.space, spaces.Dict) else range(len(layout.space))
+    pairs = [(key, row.view(layout.dtype)[name]) for key, name in zip(keys, layout.dtype.names)]
 
     def flatten(sample: Any) -> None:
         for key, view in pairs:
@@ -87,42 +85,33 @@ def bare_unflatten(layout: Layout, named: Callable) -> Callable:
 
 
 def total(tree: Any) -> torch.Tensor:
-    """Read every leaf, as a network would: a compiled function that only makes views would do nothing at all."""
+    """Read every leaf, as a network would."""
     leaves = tree.values() if isinstance(tree, dict) else tree
     return sum(leaf.float().reshape(BATCH, -1).sum(1) for leaf in leaves)
 
 
 def cases() -> dict[str, dict[str, Callable]]:
     """Return contenders by case; each is a function without arguments."""
-    found = {}
-    for name, (space, samples) in observations().items():
-        layout, turn = Layout(space), cycle(samples).__next__
-        row, rows = layout.flatten(samples[0]), np.array([layout.flatten(samples[i % SAMPLES]) for i in range(BATCH)])
-        out, bare = np.zeros_like(row), bare_flatten(layout, np.zeros_like(row))
-        found[f"flatten, {name}"] = {
-            "bare numpy": lambda bare=bare, turn=turn: bare(turn()),
-            "Puffer": lambda layout=layout, turn=turn, out=out: layout.flatten(turn(), out),
-            "gymnasium": lambda space=space, turn=turn: spaces.flatten(space, turn()),
-        }
-        if "filled anew" in name:
-            continue  # a row does not tell
-        flat, unflatten = spaces.flatten(space, samples[0]), bare_unflatten(layout, np.dtype)
-        found[f"unflatten, {name.partition(',')[0]}, one row"] = {
-            "bare numpy": lambda unflatten=unflatten, row=row: unflatten(row),
-            "Puffer": lambda layout=layout, row=row: layout.unflatten(row),
-            "gymnasium": lambda space=space, flat=flat: spaces.unflatten(space, flat),
-        }
-        batch, slices = torch.as_tensor(rows), bare_unflatten(layout, lambda dtype: getattr(torch, dtype))
-        assert torch.equal(total(slices(batch)), total(layout.unflatten(batch)))
-        read = {
-            "bare torch": lambda batch, slices=slices: total(slices(batch)),
-            "Puffer": lambda batch, layout=layout: total(layout.unflatten(batch)),
-        }
-        compiled = {name: torch.compile(function, fullgraph=True) for name, function in read.items()}
-        for mode, functions in (("eager", read), ("compiled", compiled)):
-            calls = {name: lambda function=function, batch=batch: function(batch) for name, function in functions.items()}
-            found[f"unflatten and read, {name.partition(',')[0]}, {BATCH} rows, torch {mode}"] = calls
-    return found
+    return {case: calls for name, found in observations().items() for case, calls in of(name, *found)}
+
+
+def of(name: str, space: spaces.Space, samples: list) -> Iterator[tuple[str, dict[str, Callable]]]:
+    """Yield the cases of one space."""
+    layout, turn = Layout(space), cycle(samples).__next__
+    row = layout.flatten(samples[0])
+    out, bare = np.zeros_like(row), bare_flatten(layout, np.zeros_like(row))
+    calls = {"bare numpy": lambda: bare(turn()), "puffer_core": lambda: layout.flatten(turn(), out)}
+    yield f"flatten, {name}", {**calls, "gymnasium": lambda: spaces.flatten(space, turn())}
+    if samples[0] is samples[1]:
+        return  # the way back is the same
+    flat, slices = spaces.flatten(space, samples[0]), bare_unflatten(layout, np.dtype)
+    calls = {"bare numpy": lambda: slices(row), "puffer_core": lambda: layout.unflatten(row)}
+    yield f"unflatten, {name}", {**calls, "gymnasium": lambda: spaces.unflatten(space, flat)}
+    rows, sliced = torch.as_tensor(np.array([row] * BATCH)), bare_unflatten(layout, partial(getattr, torch))
+    read = {"bare torch": lambda rows: total(sliced(rows)), "puffer_core": lambda rows: total(layout.unflatten(rows))}
+    compiled = {who: torch.compile(function, fullgraph=True) for who, function in read.items()}
+    for mode, functions in (("", read), (" compiled", compiled)):
+        yield f"torch{mode}, {name}, {BATCH} rows", {who: partial(one, rows) for who, one in functions.items()}
 
 
 def microseconds(call: Callable, seconds: float) -> float:
@@ -154,7 +143,7 @@ def main() -> None:
             found = {"contender": name, "library": library, "settings": {}, "version": records.version(library)}
             entries.append({"case": case, **found, **records.summary(samples[name])})
             print(f"  {case}: {name} {entries[-1]['median']:.2f} us", flush=True)
-    head = {"benchmark": "emulation", "unit": "microseconds a call", "rounds": args.rounds, "seconds": seconds}
+    head = {"benchmark": "emulation", "unit": "microseconds a call", "rounds": args.rounds, "turn": f"{seconds:g} s"}
     records.write(args.results / "emulation.json", {**head, **source, "records": entries})
 
 

@@ -33,7 +33,7 @@ def provenance() -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         },
-        "os": f"{platform.system()} {platform.release()}",
+        "os": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
         "python": platform.python_version(),
         "libraries": {name: version(name) for name in LIBRARIES},
         "commit": commit(),
@@ -57,6 +57,12 @@ def summary(samples: Sequence[float]) -> dict[str, Any]:
         "median": float(f"{statistics.median(samples):.5g}") if samples else None,
         "spread": [float(f"{end:.5g}") for end in (min(samples), max(samples))] if samples else None,
     }
+
+
+def label(record: dict[str, Any]) -> str:
+    """Return what a record is called, in a sweep with its number of workers."""
+    workers = record.get("workers")
+    return record["contender"] + (f", {workers} worker{'s' * (workers > 1)}" if workers else "")
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

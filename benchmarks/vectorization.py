@@ -51,7 +51,7 @@ class Args:
     seconds: float = 0.4
     """length of a turn, after a warm-up of a quarter of it"""
     quick: bool = False
-    """a few cases with turns of 0.05 seconds, unless you name others"""
+    """turns of 0.05 seconds, no trials of which settings are best, and a few cases unless you name others"""
     results: Path = records.RESULTS
     """where the JSON files go"""
 
@@ -117,7 +117,7 @@ def serve(pipe: Any, main_end: Any, case_name: str, name: str, choices: list[dic
     """Be a host: open a contender, then measure it for as long as the pipe says, whenever it does."""
     main_end.close()
     os.setpgid(0, 0)  # with its workers: they can be stopped together, and if the main process dies the system ends all
-    multiprocessing.set_start_method("fork", force=True)  # of workers: all the same once they run, and quickest to start
+    multiprocessing.set_start_method("fork", force=True)  # of its workers, too: the quickest to start
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1), os.dup2(silence, 2)  # emulators greet; what goes wrong is sent
     with contextlib.suppress(ImportError):
@@ -177,10 +177,14 @@ class Host:
 
 
 def rows_of(case: Case, names: Sequence[str]) -> list[Row]:
-    """Return the rows of a case, those of missing rivals too."""
-    rows = [Row(name, *choice) for name in names for choice in CONTENDERS[name].choices(case)]
-    for row in rows:
-        row.error = "not installed" if row.contender.version() is None else None
+    """Return the rows of a case; a missing rival has one that says so."""
+    rows = []
+    for name in names:
+        choices = CONTENDERS[name].choices(case)
+        if CONTENDERS[name].version() is None:
+            rows += [Row(name, None, [], error="not installed")] if choices else []
+        else:
+            rows += [Row(name, workers, settings) for workers, settings in choices]
     return rows
 
 
@@ -266,7 +270,7 @@ def record(name: str, row: Row) -> dict[str, Any]:
 
 def line(entry: dict[str, Any]) -> str:
     """Return a record as a line to print."""
-    name = entry["contender"] + (f", {entry['workers']} workers" if entry["workers"] else "")
+    name = records.label(entry)
     if entry["error"]:
         return f"  {name:36} {entry['error']}"
     low, high = entry["spread"]
@@ -291,7 +295,10 @@ def plan_of(args: Args) -> dict[str, list[Row]]:
         args.seconds, args.cases = 0.05, QUICK if args.cases == ("*",) else args.cases
     cases = chosen(args.cases, list(CASES), "--cases")
     contenders = chosen(args.contenders, list(CONTENDERS), "--contenders")
-    return {name: rows for name in cases if (rows := rows_of(CASES[name], contenders))}
+    plan = {name: rows_of(CASES[name], contenders) for name in cases}
+    for row in [row for rows in plan.values() for row in rows] if args.quick else ():
+        del row.choices[1:]
+    return {name: rows for name, rows in plan.items() if rows}
 
 
 def main() -> None:
@@ -319,7 +326,7 @@ def main() -> None:
             if args.contenders == ("*",):
                 head = {"benchmark": "vectorization", "case": name, "title": CASES[name].title}
                 head |= {"num_envs": CASES[name].num_envs, "unit": "agent steps per second"}
-                head |= {"rounds": args.rounds, "seconds": args.seconds, **source, "records": entries}
+                head |= {"rounds": args.rounds, "turn": f"{args.seconds:g} s", **source, "records": entries}
                 records.write(args.results / f"vectorization-{name}.json", head)
 
 
