@@ -21,6 +21,15 @@ lint: .venv/.ready  ## check style and spelling
 	.venv/bin/ruff check .
 	.venv/bin/codespell
 
+bench: .venv/.ready  ## measure speed, about 20 minutes with nothing else running, and draw; ARGS="--quick" for a first look
+	.venv/bin/python -m benchmarks.vectorization $(ARGS)
+	.venv/bin/python -m benchmarks.emulation $(ARGS)
+	.venv/bin/python -m benchmarks.training $(ARGS)
+	.venv/bin/python -m benchmarks.report
+
+charts: .venv/.ready  ## draw the charts and tables of BENCHMARKS.md and README.md anew from benchmarks/results
+	.venv/bin/python -m benchmarks.report
+
 test-matrix: .venvs/gymnasium-1.4.0/.ready .venvs/numpy-1.26.4/.ready  ## the core's tests under newer and older packages
 	@failed=; for venv in $(^D); do \
 		echo "== $$venv"; $$venv/bin/python -m pytest $(CORE_TESTS) $(ARGS) || failed="$$failed $$venv"; \
@@ -41,6 +50,6 @@ test-matrix: .venvs/gymnasium-1.4.0/.ready .venvs/numpy-1.26.4/.ready  ## the co
 		gymnasium numpy torch pettingzoo mpe2 pytest pytest-timeout hypothesis cloudpickle threadpoolctl
 	@touch $@
 
-.PHONY: help setup train test lint test-matrix
+.PHONY: help setup train test lint bench charts test-matrix
 .DEFAULT_GOAL := help
 .SUFFIXES:

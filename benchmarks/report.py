@@ -1,0 +1,202 @@
+"""Writes the results into BENCHMARKS.md and README.md, and draws all charts, from the JSON files alone.
+
+    python -m benchmarks.report
+
+Nothing is measured here and no number is typed in: the same JSON gives the same pages, which a test holds them to.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import charts
+from benchmarks.charts import OURS, color, limit, short
+from benchmarks.contenders import ENVIRONMENTS
+from benchmarks.records import RESULTS, ROOT, label
+
+PAGES = {"BENCHMARKS.md": "results", "README.md": "speed"}  # and the name of the section that is written
+CHARTS = "benchmarks/charts"
+Record = dict[str, Any]
+
+
+def load(folder: Path) -> dict[str, Record]:
+    """Return a folder's results by file name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def by_environment(found: dict[str, Record]) -> dict[str, list[Record]]:
+    """Return the vectorizers' results by environment, the fewest environments first."""
+    cases = {name: [f"vectorization-{name}-{size}" for size in one.sizes] for name, one in ENVIRONMENTS.items()}
+    return {name: own for name, files in cases.items() if (own := [found[file] for file in files if file in found])}
+
+
+def sweeps(found: dict[str, Record]) -> dict[str, Record]:
+    """Return the results by number of workers."""
+    return {name: found[name] for name in found if name.startswith("vectorization-workers")}
+
+
+def places(folder: Path) -> Iterator[tuple[str, dict[str, Record]]]:
+    """Yield the results of this machine, and those of others, which have folders of their own."""
+    for place in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
+        yield str(Path(CHARTS) / place.relative_to(folder)), load(place)
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of Markdown, the first column to the left and the others to the right."""
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *[[*row, *[""] * (len(heads) - len(row))] for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def source(result: Record) -> str:
+    """Return where a table comes from."""
+    hardware = result["hardware"]
+    return (
+        f"`{result['command']}`: {hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gib']} GiB, "
+        f"{result['os']}, Python {result['python']}, commit {result['commit']}, {result['date'][:10]}; "
+        f"{result['rounds']} turns of {result['turn']}."
+    )
+
+
+def ratio(ours: float | None, theirs: float | None) -> str:
+    """Return how many times as fast ours is, bold where it is slower."""
+    if not ours or not theirs:
+        return ""
+    text = f"{ours / theirs:.2f}" if ours < 10 * theirs else f"{ours / theirs:.0f}"
+    return f"**{text}**" if ours < theirs else text
+
+
+def share(part: float | None, whole: float | None) -> str:
+    """Return a percentage."""
+    return f"{100 * part / whole:.{0 if part > whole / 10 else 1}f} %" if part and whole else ""
+
+
+def spread(record: Record, form: str) -> list[str]:
+    """Return the median, and the least and the largest sample."""
+    low, high = record["spread"]
+    return [f"{record['median']:{form}}", f"{low:{form}} to {high:{form}}"]
+
+
+def vectorization(result: Record) -> str:
+    """Return a case's table."""
+    ours: dict[tuple, list[float]] = {}  # by kind; in a sweep, by kind and number of workers too
+    for record in result["records"]:
+        if color(record) == OURS and record["median"] and "infos" not in record["contender"]:
+            for key in {(record["kind"], record["workers"]), (record["kind"], None)}:
+                ours.setdefault(key, []).append(record["median"])
+    fair = min if result["case"].startswith("workers") else max
+    rows = []
+    for record in result["records"]:
+        if not record["median"]:
+            rows.append([label(record), record["error"]])
+            continue
+        like = fair(ours.get((record["kind"], record["workers"]), []), default=None)
+        compared = "" if color(record) == OURS else ratio(like, record["median"])
+        of_limit, cpu = share(record["median"], limit(result)), record["cpu_seconds_per_million_steps"]
+        rows.append([label(record), *spread(record, ",.0f"), of_limit, compared, f"{cpu:,.4g}"])
+    return table(("", "steps/s", "least to largest", "of the limit", "ours ÷ it", "CPU s a million"), rows)
+
+
+def emulation(result: Record) -> str:
+    """Return the table of flattening and unpacking."""
+    ours = {record["case"]: record["median"] for record in result["records"] if color(record) == OURS}
+    rows = []
+    for record in result["records"]:
+        compared = "" if color(record) == OURS else ratio(record["median"], ours[record["case"]])
+        rows.append([f"{record['case']}: {record['contender']}", *spread(record, ".2f"), compared])
+    return table(("", "us a call", "least to largest", "it ÷ ours"), rows)
+
+
+def training(result: Record) -> str:
+    """Return the table of the scripts."""
+    rows = []
+    for record in result["records"]:
+        row, parts = [f"`{record['contender']}`"], record["microseconds_per_step"]
+        if record["median"]:
+            shares = [share(parts[part], sum(parts.values())) for part in charts.PARTS]
+            row += [*spread(record, ",.0f"), str(record["settings"]["num_envs"]), *shares]
+        rows.append(row if record["median"] else [*row, record["error"]])
+    return table(("", "steps/s", "least to largest", "envs", *charts.PARTS), rows)
+
+
+# -------------------------------------------------------------------------------------------------------------- pages
+
+
+def results(folder: Path = RESULTS) -> str:
+    """Return the section of BENCHMARKS.md."""
+    parts = []
+    for place, found in places(folder):
+        machines = sorted({f"{one['hardware']['cores']} cores, {one['hardware']['cpu']}" for one in found.values()})
+        parts.append(f"## {' and '.join(machines)}")
+        for name, own in by_environment(found).items():
+            parts.append(f"### {ENVIRONMENTS[name].title}\n\n![{ENVIRONMENTS[name].title}]({place}/{name}.png)")
+            parts += [f"**{one['num_envs']} environments**\n\n{vectorization(one)}\n\n{source(one)}" for one in own]
+        others = {name: (one["title"], vectorization) for name, one in sweeps(found).items()}
+        others |= {"emulation": ("Emulation", emulation), "training": ("Training", training)}
+        for name in [name for name in others if name in found]:
+            title, text = others[name][0], others[name][1](found[name])
+            parts.append(f"### {title}\n\n![{title}]({place}/{name}.png)\n\n{text}\n\n{source(found[name])}")
+    return "\n\n".join(parts)
+
+
+def speed(folder: Path = RESULTS) -> str:
+    """Return the README's section: every environment, with as many of it as were measured."""
+    columns = {
+        "Gymnasium Async": ("Gymnasium AsyncVectorEnv",),
+        "Gymnasium Sync": ("Gymnasium SyncVectorEnv",),
+        "SB3 Subproc": ("SB3 SubprocVecEnv",),
+        "SuperSuit": ("SuperSuit",),
+        "EnvPool, ALE": ("EnvPool (C++)", "ALE vector (C++)"),
+    }
+    rows, largest = [], [own[-1] for own in by_environment(load(folder)).values()]
+    for result in largest:
+        fastest = {record["contender"]: record["median"] for record in charts.best(result["records"])}
+        ours = fastest["puffer_core"]
+        cells = [max([fastest[name] for name in names if name in fastest], default=None) for names in columns.values()]
+        texts = [f"{short(cell)} ({ratio(ours, cell)}x)" if cell else "" for cell in cells]
+        rows.append([result["title"], short(ours), share(ours, limit(result)), *texts])
+    hardware = largest[0]["hardware"]
+    cores = hardware["cores"]
+    return f"""![Agent steps per second by environment and vectorizer]({CHARTS}/speed.png)
+
+{table(("agent steps a second", "ours", "of the limit", *columns), rows)}
+
+In parentheses: how many times as fast ours is, bold where it is slower. All vectorizers have their best settings, and
+those with several modes the fastest of them; the limit is {cores} times one bare process. Measured on {cores} cores of
+{hardware["cpu"]}; [BENCHMARKS.md](BENCHMARKS.md) has every row, spread and command, and `make bench` measures anew."""
+
+
+def draw(drawings: Path = ROOT / CHARTS, folder: Path = RESULTS) -> None:
+    """Draw all charts."""
+    charts.speed(drawings / "speed.png", [own[-1] for own in by_environment(load(folder)).values()])
+    for place, found in places(folder):
+        place = drawings / Path(place).relative_to(CHARTS)
+        for name, own in by_environment(found).items():
+            charts.environment(place / f"{name}.png", own)
+        for name in sweeps(found):
+            charts.sweep(place / f"{name}.png", found[name])
+        for name in {"emulation", "training"} & set(found):
+            getattr(charts, name)(place / f"{name}.png", found[name])
+
+
+def put(text: str, name: str, section: str) -> str:
+    """Return a page with what stands between a section's two comments replaced."""
+    begin, end = f"<!-- {name}: written by `make charts` -->\n", f"<!-- end of {name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"expected one line {begin.strip()} and one {end}")
+    return f"{text.partition(begin)[0]}{begin}{section}\n{end}{text.partition(end)[2]}"
+
+
+def main() -> None:
+    """Write the pages and the charts."""
+    draw()
+    for (page, name), section in zip(PAGES.items(), (results(), speed())):
+        (ROOT / page).write_text(put((ROOT / page).read_text(), name, section))
+    print(f"{', '.join(PAGES)} and {CHARTS} are up to date")
+
+
+if __name__ == "__main__":
+    main()
