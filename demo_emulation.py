@@ -30,8 +30,8 @@ console = Console(highlight=False)
 
 
 def make_env(seed):
-    """Makes a MiniHack task that repeats: it takes no seed at reset, but a list of seeds to choose levels from."""
-    return gymnasium.make("MiniHack-River-v0", observation_keys=KEYS, seeds=[seed])
+    """Makes a task that repeats: MiniHack ignores the seed of reset, and NetHack heeds the moon's phase."""
+    return gymnasium.make("MiniHack-River-v0", observation_keys=KEYS, seeds=[seed], fix_moon_phase=True)
 
 
 def headline(text):
@@ -69,7 +69,7 @@ def look_at(*names):
 
 
 if __name__ == "__main__":
-    console.print("Seven stops in Python's debugger: a name shows what it holds, c goes on, q quits.\n")
+    console.print("Seven stops in the debugger: a name shows what it holds, c goes on, q quits.\n")
 
     headline("1. A raw environment")
     env = make_env(seed=7)

@@ -42,8 +42,8 @@ ANSWER_SECONDS = 300.0  # a host that says nothing for so long has failed
 class Args:
     """Measure vectorizers side by side."""
 
-    cases: tuple[str, ...] = ("*",)
-    """cases to measure, wildcards allowed"""
+    cases: tuple[str, ...] = ()
+    """cases to measure, wildcards allowed; by default all"""
     contenders: tuple[str, ...] = ("*",)
     """contenders to measure, wildcards allowed; unless all are, nothing is written: ratios are of one run"""
     rounds: int = 5
@@ -292,8 +292,8 @@ def plan_of(args: Args) -> dict[str, list[Row]]:
         if value <= 0:
             raise SystemExit(f"{flag} {value}: expected more than 0")
     if args.quick:
-        args.seconds, args.cases = 0.05, QUICK if args.cases == ("*",) else args.cases
-    cases = chosen(args.cases, list(CASES), "--cases")
+        args.seconds, args.cases = 0.05, args.cases or QUICK
+    cases = chosen(args.cases or ("*",), list(CASES), "--cases")
     contenders = chosen(args.contenders, list(CONTENDERS), "--contenders")
     plan = {name: rows_of(CASES[name], contenders) for name in cases}
     for row in [row for rows in plan.values() for row in rows] if args.quick else ():
