@@ -200,7 +200,7 @@ def test_recomputed_logprobs_equal_the_sampled_ones(env_id, use_lstm):
         experience, index = trainer.experience, trainer.prepare()
         index = index.view(-1, experience.horizon)
         assert experience.starts[index].any()
-        state = experience.states[index[:, 0] // 16] if use_lstm else None
+        state = experience.states[index[:, 0]]
         steps = (experience.observations[index], state, experience.starts[index], experience.actions[index])
         _, logprobs, _, values, _ = trainer.policy(*steps)
         kept = experience.trainable[index]
