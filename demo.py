@@ -410,6 +410,15 @@ class Trainer:
         self.envs.async_reset(self.args.seed + RANK * self.args.num_envs + self.global_step)
         self.receive()
 
+    def stop(self, *_: Any) -> None:
+        self.stopping = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
+
+    def is_over(self) -> bool:
+        is_good = len(self.returns) >= 100 and np.mean(self.returns) >= self.args.target_return
+        is_over = is_good or self.stopping or self.iteration >= self.num_iterations
+        return bool(reduce_sum(torch.tensor(float(is_over), device=self.device)))  # ranks end together
+
     def collect(self) -> bool:
         """Step environments until an update is due; returns False if asked to stop before."""
         while not (is_due := self.experience.is_due(self.rows)) and not (self.stopping and WORLD_SIZE == 1):
@@ -637,7 +646,8 @@ class Dashboard:
     def render(self) -> panel.Panel:
         trainer, memory, gib = self.trainer, psutil.virtual_memory(), 2**30
         speed = {"SPS": f"{self.speeds[-1]:,.0f}" if self.speeds else "", "": sparkline(self.speeds)}
-        speed |= {"CPU": f"{psutil.cpu_percent():.0f}%", "memory": f"{memory.used / gib:.1f}/{memory.total / gib:.0f} GiB"}
+        used = f"{memory.used / gib:.1f}/{memory.total / gib:.0f} GiB"
+        speed |= {"CPU": f"{psutil.cpu_percent():.0f}%", "memory": used}
         if trainer.device.type == "cuda":
             speed["GPU"] = f"{torch.cuda.utilization()}%, {torch.cuda.max_memory_allocated() / gib:.1f} GiB"
         episodes = {"episodes": f"{trainer.num_episodes:,}", "": sparkline(self.trend)}
@@ -663,29 +673,22 @@ def folder_of(name: str) -> Path:
 
 def train(args: Args, report: Callable[[int, float], None] = lambda step, mean: None) -> float:
     """Train an agent; returns the mean of its last 100 returns, of which `report` hears after every update."""
-    contents, trainer, mean = load(args.resume) if args.resume else None, Trainer(args), -np.inf
+    trainer, mean = Trainer(args), -np.inf
     path = folder_of(f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}") / "checkpoint.pt"
-
-    def stop(*_: Any) -> None:
-        trainer.stopping = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
-
     with contextlib.ExitStack() as stack, trainer.envs:
         for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, stop))
-        if contents:
-            restore(trainer, contents)
+            stack.callback(signal.signal, number, signal.signal(number, trainer.stop))
+        if args.resume:
+            restore(trainer, load(args.resume))
         trainer.start()
         dashboard = Dashboard(trainer, path.parent) if RANK == 0 else None
         if dashboard and dashboard.is_live:
             stack.enter_context(live.Live(get_renderable=dashboard.render))
-        is_over = trainer.iteration >= trainer.num_iterations
+        is_over = trainer.is_over()
         while not is_over and trainer.collect():
             trainer.update()
             mean = float(np.mean(trainer.returns)) if trainer.returns else -np.inf
-            is_done = len(trainer.returns) >= 100 and mean >= args.target_return
-            is_over = is_done or trainer.stopping or trainer.iteration == trainer.num_iterations
-            is_over = bool(reduce_sum(torch.tensor(float(is_over), device=trainer.device)))  # ranks end together
+            is_over = trainer.is_over()
             if dashboard:
                 dashboard.log(is_over)
                 if args.checkpoint_interval and trainer.iteration % args.checkpoint_interval == 0:
