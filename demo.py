@@ -2,8 +2,6 @@
 
     python demo.py --env-id CartPole-v1
     python demo.py --mode eval --resume runs/CartPole-v1__demo__1__1700000000/checkpoint.pt
-
-Read on: arguments, environments, networks, experience, the trainer, checkpoints, the dashboard, and the four modes.
 """
 
 import contextlib
@@ -247,9 +245,8 @@ class Policy(nn.Module):
         self.rest = nn.ReLU() if is_deep else nn.Sequential(nn.Tanh(), nn.Linear(width, width), nn.Tanh())
         self.memory = nn.LSTMCell(width, width) if args.use_lstm else None
         if isinstance(action_space, spaces.Box):  # -1 and 1 are the bounds, where there are any
-            low, high = action_space.low.ravel(), action_space.high.ravel()
-            is_bounded = np.isfinite(low) & np.isfinite(high)
-            low, high = np.where(is_bounded, [low, high], [[-1.0], [1.0]])
+            bounds = np.stack([action_space.low.ravel(), action_space.high.ravel()])
+            low, high = np.where(np.isfinite(bounds).all(0), bounds, [[-1.0], [1.0]])
             self.center, self.radius = (high + low) / 2, (high - low) / 2
             self.log_std, sizes = nn.Parameter(torch.zeros(len(low))), len(low)
         else:  # one choice or several, each from a handful
@@ -290,12 +287,11 @@ class Policy(nn.Module):
             normal = torch.distributions.Normal(parameters, self.log_std.exp(), validate_args=False)
             actions = normal.sample() if actions is None else actions
             return actions, normal.log_prob(actions).sum(-1), normal.entropy().sum(-1)
-        parts = [logits.log_softmax(-1) for logits in parameters.split(self.sizes, -1)]
-        if actions is None:
-            drawn = [torch.multinomial(part.exp().flatten(0, 1), 1).unflatten(0, part.shape[:2]) for part in parts]
-            actions = torch.cat(drawn, dim=-1)
-        logprobs = sum(part.gather(-1, one)[..., 0] for part, one in zip(parts, actions.split(1, -1)))
-        return actions, logprobs, -sum((part.exp() * part).sum(-1) for part in parts)
+        parts = parameters.split(self.sizes, -1)
+        choices = [torch.distributions.Categorical(logits=part, validate_args=False) for part in parts]
+        actions = torch.stack([choice.sample() for choice in choices], dim=-1) if actions is None else actions
+        logprobs = sum(choice.log_prob(one) for choice, one in zip(choices, actions.unbind(-1)))
+        return actions, logprobs, sum(choice.entropy() for choice in choices)
 
     def for_envs(self, actions: torch.Tensor) -> np.ndarray:
         """Turn actions `(batch, parts)` into those that the environments take."""
