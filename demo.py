@@ -1,7 +1,6 @@
 """The full PPO trainer, for any environment: first-ready sampling, LSTM, dashboard, checkpoints, sweeps, many machines.
 
-    python demo.py --env-id CartPole-v1
-    python demo.py --mode eval --resume runs/CartPole-v1__demo__1__1700000000/checkpoint.pt
+Run `python demo.py --env-id CartPole-v1`; `--help` lists all flags, and README.md shows what else it does.
 """
 
 import contextlib
