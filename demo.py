@@ -434,8 +434,13 @@ class Trainer:
             self.rows, self.alive[rows] = rows, batch.masks & goes_on
             slots = np.stack([experience.begun[rows], experience.begun[rows] - 1]) % experience.num_slots
             ids = np.stack([rows, *(rows * experience.num_slots + slots), ended | ~was_alive])
-            self.row_ids, self.index, self.previous, starts = torch.as_tensor(ids, device=self.device)
-            self.observations, self.starts = torch.tensor(batch.observations, device=self.device), starts.bool()
+            # One copy moves all of it, from pinned memory on CUDA
+            parts = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in (ids, batch.observations)]
+            packed = torch.from_numpy(np.concatenate(parts))
+            packed = (packed.pin_memory() if self.device.type == "cuda" else packed).to(self.device, non_blocking=True)
+            self.row_ids, self.index, self.previous, starts = packed[: ids.nbytes].view(torch.int64).view(ids.shape)
+            self.starts, dtype = starts.bool(), experience.observations.dtype
+            self.observations = packed[ids.nbytes :].view(dtype).view(batch.observations.shape)
             self.bootstraps, truncated = None, np.flatnonzero(ended & goes_on & ~batch.terminations)
             if truncated.size:  # the values of their last observations are what these episodes would have had yet
                 last = torch.as_tensor(np.stack(batch.infos["final_obs"][truncated]), device=self.device)
