@@ -1,15 +1,11 @@
 """The full PPO trainer, for any environment: first-ready sampling, LSTM, dashboard, checkpoints, sweeps, many machines.
 
-    python demo.py --env-id CartPole-v1
-    python demo.py --mode eval --resume runs/CartPole-v1__demo__1__1700000000/checkpoint.pt
-
-Read on: arguments, environments, networks, experience, the trainer, checkpoints, the dashboard, and the four modes.
+Run `python demo.py --env-id CartPole-v1`; `--help` lists all flags, and README.md shows what else it does.
 """
 
 import contextlib
 import dataclasses
 import importlib
-import itertools
 import json
 import os
 import random
@@ -22,22 +18,22 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import gymnasium as gym
 import numpy as np
 import psutil
 import torch
-import torch.nn.functional as F
 import tyro
 from gymnasium import spaces
-from rich import console, live, panel, progress_bar, table
+from rich import console, live, panel, progress, table
 from torch import distributed, nn
 from torch.utils.tensorboard import SummaryWriter
 
 import puffer_core
 
 WORLD_SIZE, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # torchrun sets them
+
 
 # ---------------------------------------------------------------------------------------------------------- arguments
 @dataclasses.dataclass
@@ -65,7 +61,7 @@ class Args:
     gamma: float | None = None  # discount of later rewards
     gae_lambda: float | None = None  # lambda of the generalized advantage estimation
     clip_coef: float | None = None  # how far the new policy's probability ratio may pay off, either way from 1
-    clip_vloss: bool | None = None  # clip the value function's change too
+    clip_vloss: Annotated[bool | None, tyro.conf.arg(constructor=bool)] = None  # clip the value function's change too
     ent_coef: float | None = None  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
@@ -171,29 +167,22 @@ def make_env(env_id: str, render: bool = False) -> Any:
     return puffer_core.EpisodeStats(env) if isinstance(env, gym.Env) else env
 
 
+def kind_of(space: spaces.Space, action_space: spaces.Space | None = None) -> str:
+    """Tell NetHack, pictures that are large enough for the convolutions, and the rest by what the agent does."""
+    if isinstance(space, spaces.Dict) and set(NETHACK_KEYS) <= set(space):
+        return "nethack"
+    if len(space.shape or ()) == 3 and space.dtype == np.uint8 and sorted(space.shape)[1] >= 36:
+        return "images"
+    return "continuous" if isinstance(action_space, spaces.Box) else "discrete"
+
+
 def leaves_of(space: spaces.Space, value: Any = None) -> Iterator[tuple[spaces.Space, Any]]:
     """Walk over the leaves of a space and, beside them, those of an observation; NetHack's Dict is one."""
-    if not isinstance(space, (spaces.Dict, spaces.Tuple)) or is_nethack(space):
+    if not isinstance(space, (spaces.Dict, spaces.Tuple)) or kind_of(space) == "nethack":
         yield space, value
         return
     for key in space if isinstance(space, spaces.Dict) else range(len(space)):
         yield from leaves_of(space[key], None if value is None else value[key])
-
-
-def is_nethack(space: spaces.Space) -> bool:
-    return isinstance(space, spaces.Dict) and set(NETHACK_KEYS) <= set(space)
-
-
-def is_image(space: spaces.Space) -> bool:
-    """Tell pictures that are large enough for the convolutions, channels first or last, from other arrays."""
-    is_bytes = isinstance(space, spaces.Box) and space.dtype == np.uint8
-    return is_bytes and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
-
-
-def kind_of(space: spaces.Space, action_space: spaces.Space) -> str:
-    if is_image(space) or is_nethack(space):
-        return "images" if is_image(space) else "nethack"
-    return "continuous" if isinstance(action_space, spaces.Box) else "discrete"
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
@@ -203,7 +192,7 @@ class Leaf(nn.Module):
     def __init__(self, space: spaces.Space, width: int):
         super().__init__()
         sizes = getattr(space, "nvec", getattr(space, "n", ())) if not isinstance(space, spaces.MultiBinary) else ()
-        self.space, self.sizes, self.is_image = space, [int(size) for size in np.ravel(sizes)], is_image(space)
+        self.space, self.sizes, self.is_image = space, np.ravel(sizes).tolist(), kind_of(space) == "images"
         self.order = (0, 3, 1, 2) if self.is_image and space.shape[2] < space.shape[0] else (0, 1, 2, 3)
         self.register_buffer("start", torch.as_tensor(np.ravel(getattr(space, "start", 0))))
         first = convolutions((32, 8, 4), (64, 4, 2), (64, 3, 1)) if self.is_image else nn.Flatten()
@@ -215,7 +204,7 @@ class Leaf(nn.Module):
             return self.network(x * (1 / 255.0))
         if self.sizes:  # the rows of absent agents are zero, which may be no category
             columns = (x.reshape(len(x), -1).long() - self.start).clamp(min=0).unbind(1)
-            parts = [F.one_hot(column, size) for column, size in zip(columns, self.sizes)]
+            parts = [nn.functional.one_hot(column, size) for column, size in zip(columns, self.sizes)]
             return self.network(torch.cat(parts, dim=1).float())
         return self.network((x / 255.0 if self.space.dtype == np.uint8 else symlog(x)).reshape(len(x), -1))
 
@@ -249,21 +238,21 @@ class Policy(nn.Module):
     def __init__(self, layout: puffer_core.Layout, action_space: spaces.Space, args: Args):
         super().__init__()
         self.layout, self.action_space, width, flat = layout, action_space, args.hidden_size, layout.flat_space
-        readers = [(NetHackNet if is_nethack(leaf) else Leaf)(leaf, width) for leaf, _ in leaves_of(layout.space)]
-        is_deep = is_image(layout.space) or is_nethack(layout.space)
-        rest = [nn.ReLU()] if is_deep else [nn.Tanh(), nn.Linear(width, width), nn.Tanh()]
-        self.readers, self.rest = nn.ModuleList(readers), nn.Sequential(*rest)
+        kinds = [(NetHackNet if kind_of(leaf) == "nethack" else Leaf, leaf) for leaf, _ in leaves_of(layout.space)]
+        self.readers = nn.ModuleList([kind(leaf, width) for kind, leaf in kinds])
+        is_deep = kind_of(layout.space) in ("images", "nethack")
+        self.rest = nn.ReLU() if is_deep else nn.Sequential(nn.Tanh(), nn.Linear(width, width), nn.Tanh())
         self.memory = nn.LSTMCell(width, width) if args.use_lstm else None
         if isinstance(action_space, spaces.Box):  # -1 and 1 are the bounds, where there are any
-            low, high = action_space.low.ravel(), action_space.high.ravel()
-            is_bounded = np.isfinite(low) & np.isfinite(high)
-            low, high = np.where(is_bounded, [low, high], [[-1.0], [1.0]])
+            bounds = np.stack([action_space.low.ravel(), action_space.high.ravel()])
+            low, high = np.where(np.isfinite(bounds).all(0), bounds, [[-1.0], [1.0]])
             self.center, self.radius = (high + low) / 2, (high - low) / 2
             self.log_std, sizes = nn.Parameter(torch.zeros(len(low))), len(low)
         else:  # one choice or several, each from a handful
             sizes = getattr(action_space, "nvec", getattr(action_space, "n", None))
         self.is_continuous, self.sizes = isinstance(action_space, spaces.Box), np.ravel(sizes).tolist()
-        self.actor, self.critic, self.is_bf16 = nn.Linear(width, sum(self.sizes)), nn.Linear(width, 1), False
+        self.actor, self.critic = nn.Linear(width, sum(self.sizes)), nn.Linear(width, 1)
+        self.is_bf16 = args.precision == "bf16"
         nothing = torch.zeros(1, 1, *flat.shape, dtype=getattr(torch, flat.dtype.name))
         self(nothing, torch.zeros(1, 2 * width), torch.zeros(1, 1, dtype=torch.bool))  # gives lazy layers their sizes
         gains = {self.actor: 0.01, self.critic: 1.0}
@@ -272,7 +261,6 @@ class Policy(nn.Module):
                 nn.init.orthogonal_(layer.weight, gains.get(layer, 2**0.5))
                 nn.init.zeros_(layer.bias)
         self.to(memory_format=torch.channels_last)
-        self.is_bf16 = args.precision == "bf16"
 
     def forward(self, x: torch.Tensor, state: Any, starts: torch.Tensor, actions: Any = None) -> tuple:
         """Follow sequences of rows `(batch, time, *row)` from a `state`, which is forgotten wherever one `starts`.
@@ -298,12 +286,11 @@ class Policy(nn.Module):
             normal = torch.distributions.Normal(parameters, self.log_std.exp(), validate_args=False)
             actions = normal.sample() if actions is None else actions
             return actions, normal.log_prob(actions).sum(-1), normal.entropy().sum(-1)
-        parts = [logits.log_softmax(-1) for logits in parameters.split(self.sizes, -1)]
-        if actions is None:
-            drawn = [torch.multinomial(part.exp().flatten(0, 1), 1).unflatten(0, part.shape[:2]) for part in parts]
-            actions = torch.cat(drawn, dim=-1)
-        logprobs = sum(part.gather(-1, one)[..., 0] for part, one in zip(parts, actions.split(1, -1)))
-        return actions, logprobs, -sum((part.exp() * part).sum(-1) for part in parts)
+        parts = parameters.split(self.sizes, -1)
+        choices = [torch.distributions.Categorical(logits=part, validate_args=False) for part in parts]
+        actions = torch.stack([choice.sample() for choice in choices], dim=-1) if actions is None else actions
+        logprobs = sum(choice.log_prob(one) for choice, one in zip(choices, actions.unbind(-1)))
+        return actions, logprobs, sum(choice.entropy() for choice in choices)
 
     def for_envs(self, actions: torch.Tensor) -> np.ndarray:
         """Turn actions `(batch, parts)` into those that the environments take."""
@@ -324,11 +311,12 @@ class Experience:
 
     def __init__(self, num_rows: int, args: Args, policy: Policy, device: torch.device, is_async: bool):
         self.num_steps, self.num_slots = args.num_steps, args.num_steps * (1 + is_async)
-        self.horizon, count = args.bptt_horizon if args.use_lstm else 1, num_rows * self.num_slots
-        flat, zeros = policy.layout.flat_space, partial(torch.zeros, device=device)  # on the device: row * slots + slot
+        self.horizon, width = (args.bptt_horizon, 2 * args.hidden_size) if args.use_lstm else (1, 0)
+        count, flat = num_rows * self.num_slots, policy.layout.flat_space
+        zeros = partial(torch.zeros, device=device)  # on the device: [row * slots + slot]
         parts, dtype = (policy.sizes[0], torch.float32) if policy.is_continuous else (len(policy.sizes), torch.int64)
         self.observations = zeros(count, *flat.shape, dtype=getattr(torch, flat.dtype.name))
-        self.actions, self.states = zeros(count, parts, dtype=dtype), zeros(count // self.horizon, 2 * args.hidden_size)
+        self.actions, self.states = zeros(count, parts, dtype=dtype), zeros(count, width)
         self.logprobs, self.values, self.next_values, self.advantages, self.returns = zeros(5, count)
         self.starts, self.trainable = zeros(2, count, dtype=torch.bool)
         self.rewards = np.zeros((num_rows, self.num_slots), np.float32)  # here: [row, slot]
@@ -398,7 +386,7 @@ class Trainer:
         self.made_for = f"{envs.layout.space}, {envs.single_action_space}, {args.hidden_size=}, {args.use_lstm=}"
         self.num_iterations = args.total_timesteps // (envs.num_agents * args.num_steps * WORLD_SIZE)
         self.policy = Policy(envs.layout, envs.single_action_space, args).to(self.device)
-        self.model = torch.compile(self.policy) if args.compile else self.policy
+        self.model = torch.compile(self.policy, mode="reduce-overhead") if args.compile else self.policy
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.learning_rate, eps=1e-5)
         is_async = envs.agents_per_batch < envs.num_agents
         self.experience = Experience(envs.num_agents, args, self.policy, self.device, is_async)
@@ -412,10 +400,19 @@ class Trainer:
 
     def start(self) -> None:
         count = self.envs.num_agents
-        self.state = torch.zeros(count, 2 * self.args.hidden_size, device=self.device)
+        self.state = torch.zeros_like(self.experience.states[:count])
         self.alive, self.team_sums = np.zeros(count, bool), np.zeros((2, count))
         self.envs.async_reset(self.args.seed + RANK * self.args.num_envs + self.global_step)
         self.receive()
+
+    def stop(self, *_: Any) -> None:
+        self.stopping = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
+
+    def is_over(self) -> bool:
+        is_good = len(self.returns) >= 100 and np.mean(self.returns) >= self.args.target_return
+        is_over = is_good or self.stopping or self.iteration >= self.num_iterations
+        return bool(reduce_sum(torch.tensor(float(is_over), device=self.device)))  # ranks end together
 
     def collect(self) -> bool:
         """Step environments until an update is due; returns False if asked to stop before."""
@@ -435,8 +432,8 @@ class Trainer:
             ended, was_alive = batch.terminations | batch.truncations, self.alive[rows]
             goes_on = ~ended | batch.infos.get("_final_obs", np.zeros_like(ended))
             self.rows, self.alive[rows] = rows, batch.masks & goes_on
-            slots = (experience.begun[rows] % experience.num_slots, (experience.begun[rows] - 1) % experience.num_slots)
-            ids = np.stack([rows, *(rows * experience.num_slots + slot for slot in slots), ended | ~was_alive])
+            slots = np.stack([experience.begun[rows], experience.begun[rows] - 1]) % experience.num_slots
+            ids = np.stack([rows, *(rows * experience.num_slots + slots), ended | ~was_alive])
             # One copy moves all of it, from pinned memory on CUDA
             parts = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in (ids, batch.observations)]
             packed = torch.from_numpy(np.concatenate(parts))
@@ -451,18 +448,18 @@ class Trainer:
                 starts = torch.zeros(len(where), 1, dtype=torch.bool, device=self.device)
                 self.bootstraps = where, self.policy(last[:, None], self.state[self.row_ids[where]], starts)[3][:, 0]
         self.global_step += len(self.rows) * WORLD_SIZE
-        for episode in self.finished_episodes(batch):
-            self.returns.append(episode.pop("r"))
-            self.num_episodes, self.episode = self.num_episodes + 1, episode
+        self.count_episodes(batch)
 
-    def finished_episodes(self, batch: puffer_core.Batch) -> Iterator[dict[str, float]]:
-        """Yield statistics of episodes that have ended: of whole games from infos, of a team's agents from rewards."""
+    def count_episodes(self, batch: puffer_core.Batch) -> None:
+        """Keep statistics of episodes that have ended: of whole games from infos, of a team's agents from rewards."""
         self.team_sums[:, self.rows] += batch.rewards, batch.masks
         is_team, infos = self.envs.num_agents > self.envs.num_envs, batch.infos.get("final_info", {})
         for at in np.flatnonzero(batch.terminations | batch.truncations if is_team else infos.get("_episode", False)):
             sums = dict(zip("rl", self.team_sums[:, self.rows[at]].tolist()))
             numbers = {} if is_team else {key: values[at] for key, values in infos["episode"].items() if key[0] != "_"}
-            yield {key: float(value) for key, value in (sums | numbers).items() if key != "t"}
+            self.episode = {key: float(value) for key, value in (sums | numbers).items() if key != "t"}
+            self.returns.append(self.episode.pop("r"))
+            self.num_episodes += 1
             self.team_sums[:, self.rows[at]] = 0
 
     @torch.no_grad()
@@ -481,13 +478,9 @@ class Trainer:
             actions, logprobs, values, state = self.think()
             experience.observations[index], experience.starts[index] = self.observations, self.starts
             experience.actions[index], experience.logprobs[index], experience.values[index] = actions, logprobs, values
-            slots = experience.begun[self.rows] % experience.num_slots
-            if self.policy.memory:
-                begins = torch.as_tensor(np.flatnonzero(slots % experience.horizon == 0), device=self.device)
-                experience.states[index[begins] // experience.horizon] = self.state[self.row_ids[begins]]
-                self.state[self.row_ids] = state
+            experience.states[index], self.state[self.row_ids] = self.state[self.row_ids], state
             actions = self.policy.for_envs(actions)
-        experience.valid[self.rows, slots] = self.alive[self.rows]
+        experience.valid[self.rows, experience.begun[self.rows] % experience.num_slots] = self.alive[self.rows]
         experience.begun[self.rows] += 1
         self.envs.send(actions)
 
@@ -495,15 +488,13 @@ class Trainer:
         """Take the complete segments and work out their advantages and returns; returns where they lie."""
         experience, where = self.experience, self.experience.take()
         self.think()  # for the value of the batch that has just come, and is acted on after the update
-        fields = (experience.rewards, experience.terminated, experience.ended, experience.valid)
-        packed = np.stack([field.reshape(-1)[where] for field in fields]).astype(np.float32)  # one copy again
-        index, (rewards, *flags) = (torch.as_tensor(array, device=self.device) for array in (where, packed))
-        terminated, ended, valid = (flag.bool() for flag in flags)
-        rewards, values = rewards * self.args.reward_scale, experience.values[index]
-        steps = (rewards, values, experience.next_values[index], terminated, ended, valid)
-        advantages = estimate_advantages(*steps, self.args.gamma, self.args.gae_lambda)
+        rewards, *flags = experience.rewards, experience.terminated, experience.ended, experience.valid
+        fields = [where, *[field.reshape(-1)[where] for field in (rewards * self.args.reward_scale, *flags)]]
+        index, rewards, *flags = [torch.as_tensor(field, device=self.device) for field in fields]
+        values, next_values = experience.values[index], experience.next_values[index]
+        advantages = estimate_advantages(rewards, values, next_values, *flags, self.args.gamma, self.args.gae_lambda)
         experience.advantages[index], experience.returns[index] = advantages, advantages + values
-        experience.trainable[index] = valid
+        experience.trainable[index] = flags[-1]
         return index
 
     def update(self) -> None:
@@ -513,27 +504,24 @@ class Trainer:
             left = 1 - self.iteration / self.num_iterations if args.anneal_lr else 1.0
             self.optimizer.param_groups[0]["lr"] = args.learning_rate * left
             sequences = index.view(-1, experience.horizon)
-            trainable = experience.trainable[sequences]
-            sequences, has_gaps = sequences[trainable.any(1)], experience.horizon > 1 and not trainable.all()
+            sequences = sequences[experience.trainable[sequences].any(1)]
             for _ in range(args.update_epochs):
                 for chosen in torch.randperm(len(sequences)).tensor_split(args.num_minibatches):
-                    sums += self.learn(sequences[chosen.to(self.device)], has_gaps)
+                    sums += self.learn(sequences[chosen.to(self.device)])
             index = index[experience.trainable[index]]
             errors, returns = experience.advantages[index], experience.returns[index]
             means = [*sums / (args.update_epochs * args.num_minibatches), 1 - errors.var() / returns.var()]
             names = "policy_loss value_loss entropy old_approx_kl approx_kl clipfrac explained_variance"
             self.losses, self.iteration = dict(zip(names.split(), torch.stack(means).tolist())), self.iteration + 1
 
-    def learn(self, index: torch.Tensor, has_gaps: bool) -> torch.Tensor:
+    def learn(self, index: torch.Tensor) -> torch.Tensor:
         """Take one gradient step on a minibatch of sequences, `(sequences, horizon)`; returns what to log."""
         args, experience, kept = self.args, self.experience, self.experience.trainable[index]
         observations, actions = experience.observations[index], experience.actions[index]
-        if has_gaps:  # nothing of an absent agent's rows gets anywhere, whatever they hold
-            observations[~kept], actions[~kept] = 0, 0
-        state, starts = experience.states[index[:, 0] // experience.horizon], experience.starts[index]
-        _, newlogprob, entropy, newvalue, _ = self.model(observations, state, starts, actions)
-        parts = (index, newlogprob, entropy, newvalue)
-        index, newlogprob, entropy, newvalue = (part[kept] if has_gaps else part.flatten() for part in parts)
+        observations[~kept], actions[~kept] = 0, 0  # nothing of an absent agent's rows gets anywhere, not even NaN
+        state, starts = experience.states[index[:, 0]], experience.starts[index]
+        _, *outputs, _ = self.model(observations, state, starts, actions)
+        index, newlogprob, entropy, newvalue = (part[kept] for part in (index, *outputs))
         advantages, returns, values = experience.advantages[index], experience.returns[index], experience.values[index]
 
         # Statistics and means are those of the minibatches of all ranks together
@@ -601,8 +589,7 @@ def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
     for name in ("iteration", "global_step", "num_episodes"):
         setattr(trainer, name, contents[name])
     trainer.returns.extend(contents["returns"])
-    name, numbers, *rest = contents["rng"]["numpy"]
-    np.random.set_state((name, np.array(numbers, np.uint32), *rest))
+    np.random.set_state(contents["rng"]["numpy"])
     random.setstate(contents["rng"]["python"])
     torch.set_rng_state(contents["rng"]["torch"])
     if WORLD_SIZE > 1:  # what was saved is rank 0's
@@ -621,45 +608,46 @@ class Dashboard:
     """Logs a run, and shows it: live on a terminal, otherwise as a line every few seconds; nothing if `quiet`."""
 
     def __init__(self, trainer: Trainer, folder: Path):
-        self.trainer, self.args, self.speeds, self.trend, self.left = trainer, trainer.args, [], [], "?"
-        self.start, self.first_step = time.perf_counter(), trainer.global_step
-        self.last, self.last_step, self.printed = self.start, self.first_step, -np.inf
-        self.total = trainer.num_iterations * trainer.envs.num_agents * self.args.num_steps * WORLD_SIZE
-        self.is_shown, self.is_live = RANK == 0 and not self.args.quiet, sys.stdout.isatty()
-        if self.args.track and RANK == 0:
+        self.trainer, self.args, self.speeds, self.trend = trainer, trainer.args, [], []
+        self.start = self.last = time.perf_counter()
+        self.last_step, self.printed = trainer.global_step, -np.inf
+        steps, self.left = "[bold]{task.completed:,}[/] of {task.total:,} steps,", progress.TimeRemainingColumn()
+        bar = ("[bold cyan]{task.percentage:.0f}%", progress.BarColumn(None), steps, self.left, "left")
+        self.progress = progress.Progress(*bar, expand=True)
+        total = trainer.num_iterations * trainer.envs.num_agents * self.args.num_steps * WORLD_SIZE
+        self.progress.add_task("", total=total, completed=trainer.global_step)
+        self.is_live = sys.stdout.isatty() and not self.args.quiet
+        if self.args.track:
             import wandb
 
             names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": folder.name}
             wandb.init(**names, config=vars(self.args), sync_tensorboard=True)
-        self.writer = SummaryWriter(folder) if RANK == 0 else None
-        if self.writer:
-            lines = [f"|{name}|{value}|" for name, value in vars(self.args).items()]
-            self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *lines]))
+        self.writer, lines = SummaryWriter(folder), [f"|{name}|{value}|" for name, value in vars(self.args).items()]
+        self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *lines]))
 
     def log(self, is_last: bool) -> None:
         trainer, now = self.trainer, time.perf_counter()
         self.speeds.append((trainer.global_step - self.last_step) / (now - self.last))
         self.last, self.last_step = now, trainer.global_step
-        per_step = (now - self.start) / (trainer.global_step - self.first_step)
-        self.left = str(timedelta(seconds=int(max(self.total - trainer.global_step, 0) * per_step)))
+        self.progress.update(self.progress.task_ids[0], completed=trainer.global_step)
         charts = {"learning_rate": trainer.optimizer.param_groups[0]["lr"], "SPS": self.speeds[-1]}
         if trainer.returns:
             self.trend.append(float(np.mean(trainer.returns)))
             charts |= {"episodic_return": self.trend[-1], "episodic_length": trainer.episode.get("l", 0)}
-        for group, numbers in (("charts", charts), ("losses", trainer.losses)) if self.writer else ():
+        for group, numbers in {"charts": charts, "losses": trainer.losses}.items():
             for name, value in numbers.items():
                 self.writer.add_scalar(f"{group}/{name}", value, trainer.global_step)
-        if self.is_shown and not self.is_live and (is_last or now - self.printed > 2):
+        if not (self.is_live or self.args.quiet) and (is_last or now - self.printed > 2):
             self.printed, mean = now, f"{self.trend[-1]:.4g}" if self.trend else "none yet"
             losses = " ".join(f"{name}={trainer.losses[name]:.3g}" for name in ("value_loss", "entropy", "approx_kl"))
             step = f"global_step={trainer.global_step} SPS={self.speeds[-1]:.0f} episodic_return={mean}"
-            print(f"{step} {losses} left={self.left}", flush=True)
+            print(f"{step} {losses} left={self.left.render(self.progress.tasks[0])}", flush=True)
 
     def render(self) -> panel.Panel:
         trainer, memory, gib = self.trainer, psutil.virtual_memory(), 2**30
         speed = {"SPS": f"{self.speeds[-1]:,.0f}" if self.speeds else "", "": sparkline(self.speeds)}
-        speed["CPU"] = f"{psutil.cpu_percent():.0f}%"
-        speed |= {"memory": f"{memory.used / gib:.1f}/{memory.total / gib:.0f} GiB"}
+        used = f"{memory.used / gib:.1f}/{memory.total / gib:.0f} GiB"
+        speed |= {"CPU": f"{psutil.cpu_percent():.0f}%", "memory": used}
         if trainer.device.type == "cuda":
             speed["GPU"] = f"{torch.cuda.utilization()}%, {torch.cuda.max_memory_allocated() / gib:.1f} GiB"
         episodes = {"episodes": f"{trainer.num_episodes:,}", "": sparkline(self.trend)}
@@ -671,58 +659,45 @@ class Dashboard:
         times = {name: f"{own:4.0%} {'█' * round(8 * own)}" for name, own in shares.items()}
         losses = {name.replace("_", " ")[:12]: f"{value:.3g}" for name, value in trainer.losses.items()}
         contents = {"[green]episodes": episodes, "[cyan]speed": speed, "[yellow]time": times, "[magenta]losses": losses}
-        columns = [table.Column(title, ratio=1) for title in contents]
-        share = min(1.0, trainer.global_step / self.total)
-        steps = f"[bold]{trainer.global_step:,}[/] of {self.total:,} steps, [bold cyan]{self.left}[/] left"
-        top = table.Table.grid("", table.Column(ratio=1), "", padding=(0, 1), expand=True)
-        top.add_row(f"[bold cyan]{share:4.0%}", progress_bar.ProgressBar(1.0, share, complete_style="cyan"), steps)
-        below = table.Table(*columns, expand=True, box=None)
-        for cells in itertools.zip_longest(*[list(rows.items())[:7] for rows in contents.values()], fillvalue=("", "")):
-            below.add_row(*[f"[dim]{name:<13}[/] [bold]{value}" for name, value in cells])
+        columns = table.Table(*[table.Column(title, ratio=1) for title in contents], expand=True, box=None)
+        rows = [[f"[dim]{name:<13}[/] [bold]{value}[/]" for name, value in part.items()] for part in contents.values()]
+        columns.add_row(*["\n".join(lines[:7]) for lines in rows])
         title = f"[bold]{self.args.env_id}[/] on {trainer.device}, {self.args.precision}"
-        texts = {"title": title, "subtitle": "Ctrl-C saves and stops", "border_style": "blue"}
-        return panel.Panel(console.Group(top, below), **texts)
+        return panel.Panel(console.Group(self.progress, columns), title=title, subtitle="Ctrl-C saves and stops")
 
 
 # -------------------------------------------------------------------------------------------------------------- modes
 def folder_of(name: str) -> Path:
-    folder = Path("runs", re.sub(r"[^\w.-]+", "-", name))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return Path("runs", re.sub(r"[^\w.-]+", "-", name))
 
 
 def train(args: Args, report: Callable[[int, float], None] = lambda step, mean: None) -> float:
     """Train an agent; returns the mean of its last 100 returns, of which `report` hears after every update."""
-    contents, trainer, mean = load(args.resume) if args.resume else None, Trainer(args), -np.inf
+    trainer, mean = Trainer(args), -np.inf
     path = folder_of(f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}") / "checkpoint.pt"
-
-    def stop(*_: Any) -> None:
-        trainer.stopping = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
-
     with contextlib.ExitStack() as stack, trainer.envs:
         for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, stop))
-        if contents:
-            restore(trainer, contents)
+            stack.callback(signal.signal, number, signal.signal(number, trainer.stop))
+        if args.resume:
+            restore(trainer, load(args.resume))
         trainer.start()
-        dashboard, is_over = Dashboard(trainer, path.parent), trainer.iteration >= trainer.num_iterations
-        if dashboard.is_shown and dashboard.is_live:
+        dashboard = Dashboard(trainer, path.parent) if RANK == 0 else None
+        if dashboard and dashboard.is_live:
             stack.enter_context(live.Live(get_renderable=dashboard.render))
+        is_over = trainer.is_over()
         while not is_over and trainer.collect():
             trainer.update()
             mean = float(np.mean(trainer.returns)) if trainer.returns else -np.inf
-            is_done = trainer.stopping or (len(trainer.returns) >= 100 and mean >= args.target_return)
-            is_done = reduce_sum(torch.tensor(float(is_done), device=trainer.device)) > 0  # ranks end together
-            is_over = bool(is_done) or trainer.iteration == trainer.num_iterations
-            dashboard.log(is_over)
-            if RANK == 0 and args.checkpoint_interval and trainer.iteration % args.checkpoint_interval == 0:
-                save(trainer, path)
+            is_over = trainer.is_over()
+            if dashboard:
+                dashboard.log(is_over)
+                if args.checkpoint_interval and trainer.iteration % args.checkpoint_interval == 0:
+                    save(trainer, path)
             report(trainer.iteration, mean)
-        if RANK == 0:
+        if dashboard:
             save(trainer, path)
             dashboard.writer.close()
-    if dashboard.is_shown:
+    if dashboard and not args.quiet:
         print(f"Saved {path}: --resume goes on with it, --mode eval --resume plays it")
     if trainer.stopping:
         raise SystemExit(130)
@@ -768,12 +743,11 @@ def sweep(args: Args, chosen: list[str]) -> None:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder = folder_of(f"sweep__{args.env_id}__{args.exp_name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"study_name": "sweep", "storage": f"sqlite:///{folder}/study.db", "load_if_exists": True}
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2)
-    settings = {"study_name": "sweep", "load_if_exists": True, "direction": "maximize", "pruner": pruner}
-    study = optuna.create_study(storage=f"sqlite:///{folder}/study.db", **settings)
-    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # a kill ended it
-    ended = len([trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")])
+    study = optuna.create_study(direction="maximize", pruner=pruner, **settings)
+    ended = [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
 
     def objective(trial: optuna.Trial) -> float:
         for name, (low, high, log) in SEARCH.items():
@@ -791,7 +765,7 @@ def sweep(args: Args, chosen: list[str]) -> None:
         found = " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in trial.params.items())
         print(f"trial {trial.number} {trial.state.name.lower()}: return {trial.value} with {found}", flush=True)
 
-    study.optimize(objective, n_trials=max(args.sweep_trials - ended, 0), callbacks=[tell])
+    study.optimize(objective, n_trials=max(args.sweep_trials - len(ended), 0), callbacks=[tell])
     optuna.visualization.matplotlib.plot_optimization_history(study).figure.savefig(folder / "history.png")
     print(f"{len(study.trials)} trials, drawn in {folder}/history.png; the best:")
     tell(study, study.best_trial)

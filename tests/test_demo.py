@@ -51,7 +51,7 @@ def segments(count, **arguments):
     with trainer_of("envs:Uneven", num_envs=6, seed=5, **arguments) as trainer:
         experience = trainer.experience
         with torch.no_grad():
-            trainer.policy.actor.weight.mul_(1e6)
+            trainer.policy.actor.weight.mul_(1e9)  # by less, near ties are still a matter of chance
         while min(sum(key[0] == row for key in found) for row in range(6)) < count:
             assert trainer.collect()
             before = experience.consumed.copy()
@@ -200,7 +200,7 @@ def test_recomputed_logprobs_equal_the_sampled_ones(env_id, use_lstm):
         experience, index = trainer.experience, trainer.prepare()
         index = index.view(-1, experience.horizon)
         assert experience.starts[index].any()
-        state = experience.states[index[:, 0] // 16] if use_lstm else None
+        state = experience.states[index[:, 0]]
         steps = (experience.observations[index], state, experience.starts[index], experience.actions[index])
         _, logprobs, _, values, _ = trainer.policy(*steps)
         kept = experience.trainable[index]
