@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,11 @@ def run(script: str, *flags: str, **variables: str) -> Run:
         timeout=110,
     )
     return Run(done.stdout, done.stderr, done.returncode, directory)
+
+
+def heed_ctrl_c():
+    """For `preexec_fn`: what a shell runs in the background, as these tests may be, ignores Ctrl-C from its start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @functools.cache

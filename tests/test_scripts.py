@@ -11,7 +11,7 @@ from pathlib import Path
 
 import cv2
 import pytest
-from running import BATCH, NUM_ENVS, ROOT, TINY, UPDATES, environment, run, tiny_run
+from running import BATCH, NUM_ENVS, ROOT, TINY, UPDATES, environment, heed_ctrl_c, run, tiny_run
 
 SCRIPTS = (
     "vanilla_ppo_atari.py",
@@ -166,6 +166,7 @@ def test_ctrl_c_leaves_nothing_behind(script, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_ctrl_c,
     )
     try:
         assert any(line.startswith("SPS: ") for line in process.stdout)
