@@ -8,14 +8,15 @@ from matplotlib import pyplot as plt
 
 from benchmarks.records import label
 
-# Blue, orange and grey: told apart by every kind of colour vision (Okabe and Ito, https://jfly.uni-koeln.de/color/).
-OURS, CPP, OTHERS, INK = "#0072B2", "#E69F00", "#9A9A9A", "#222222"
+# Blue, two oranges and grey: told apart by every kind of color vision (Okabe and Ito, https://jfly.uni-koeln.de/color/)
+OURS, ENVPOOL, ALE, OTHERS, INK = "#0072B2", "#E69F00", "#D55E00", "#9A9A9A", "#222222"
 PARTS = {"env": OURS, "inference": "#56B4E9", "update": "#D5D5D5"}
 STYLE = {
     **{"backend": "agg", "font.family": "DejaVu Sans", "font.size": 10, "savefig.dpi": 130, "ytick.left": False},
     **{"axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "text.color": INK},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.spines.bottom": False, "axes.edgecolor": INK},
 }
+STEPS = "Agent steps per second, more are better"
 Record = dict[str, Any]
 
 
@@ -34,10 +35,8 @@ def limit(result: Record) -> float | None:
 
 
 def color(record: Record) -> str:
-    """Return a row's color: this project's, that of rivals in C++, or that of all others."""
-    if record["contender"].startswith("puffer_core"):
-        return OURS
-    return CPP if record["contender"].startswith(("EnvPool", "ALE")) else OTHERS
+    """Return a row's color: this project's, those of the two in C++, or that of all others."""
+    return {"puffer_core": OURS, "EnvPool": ENVPOOL, "ALE": ALE}.get(record["contender"].split()[0], OTHERS)
 
 
 def best(records: Sequence[Record]) -> list[Record]:
@@ -80,8 +79,8 @@ def _beside(axes: Any, text: str, at: tuple[float, float], **style: Any) -> None
     axes.annotate(text, at, (5, 0), textcoords="offset points", va="center", fontsize=9, **style)
 
 
-def panels(path: Path, titles: Sequence[str], columns: int, size: tuple[float, float], draw: Callable) -> None:
-    """Write a chart of panels, each of which `draw` fills; the same bytes whenever it is the same chart."""
+def panels(path: Path, what: str, titles: Sequence[str], columns: int, size: tuple, draw: Callable) -> None:
+    """Write a chart of panels, each of which `draw` fills."""
     with plt.rc_context(STYLE):
         rows = -(-len(titles) // columns)
         figure, grid = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False)
@@ -90,6 +89,7 @@ def panels(path: Path, titles: Sequence[str], columns: int, size: tuple[float, f
                 draw(axes, titles[index])
             else:
                 axes.axis("off")
+        figure.suptitle(what, x=0.01, horizontalalignment="left", fontsize=10.5)
         figure.tight_layout()
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Software": None})
@@ -105,7 +105,7 @@ def speed(path: Path, results: Sequence[Record]) -> None:
     def draw(axes: Any, title: str) -> None:
         bars(axes, rows[title], title, limit(by_title[title]), places)
 
-    panels(path, list(by_title), 2, (5, 0.6 + 0.25 * places), draw)
+    panels(path, STEPS, list(by_title), 2, (5, 0.6 + 0.25 * places), draw)
 
 
 def environment(path: Path, results: Sequence[Record]) -> None:
@@ -116,7 +116,7 @@ def environment(path: Path, results: Sequence[Record]) -> None:
         rows = [record for record in by_title[title]["records"] if record["kind"] != "limit"]
         bars(axes, rows, title, limit(by_title[title]))
 
-    panels(path, list(by_title), len(by_title), (5.6, 0.7 + 0.27 * len(results[0]["records"])), draw)
+    panels(path, STEPS, list(by_title), len(by_title), (5.6, 0.9 + 0.27 * len(results[0]["records"])), draw)
 
 
 def sweep(path: Path, result: Record) -> None:
@@ -149,7 +149,7 @@ def sweep(path: Path, result: Record) -> None:
             height = max(end, height + 0.06 * axes.get_ylim()[1])
             _beside(axes, name, (counts[-1] * 1.04, height), color=shade, weight="bold" if shade == OURS else "normal")
 
-    panels(path, [result["title"]], 1, (8, 4), draw)
+    panels(path, STEPS, [result["title"]], 1, (8, 4.2), draw)
 
 
 def emulation(path: Path, result: Record) -> None:
@@ -159,7 +159,7 @@ def emulation(path: Path, result: Record) -> None:
     def draw(axes: Any, case: str) -> None:
         bars(axes, [record for record in result["records"] if record["case"] == case], case, places=3)
 
-    panels(path, cases, 4, (3.4, 1.25), draw)
+    panels(path, "Microseconds a call, fewer are better", cases, 4, (3.4, 1.25), draw)
 
 
 def training(path: Path, result: Record) -> None:
@@ -177,8 +177,7 @@ def training(path: Path, result: Record) -> None:
         axes.set_yticks(range(len(rows)), [row["contender"] for row in rows])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.2 * axes.get_xlim()[1])
-        axes.set_xlabel("milliseconds a step")
-        axes.set_title(title, pad=22)
+        axes.set_title(title, pad=12)
         axes.legend(ncols=3, frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 0.98), fontsize=9, borderpad=0)
 
-    panels(path, ["Training, end to end"], 1, (9, 1.3 + 0.34 * len(rows)), draw)
+    panels(path, "Milliseconds a step of training, fewer are better", [""], 1, (9, 1.2 + 0.34 * len(rows)), draw)
