@@ -245,15 +245,16 @@ class Contender(NamedTuple):
         return records.version(self.library)
 
 
-def _workers(case: Case, times: int = 1) -> int:
-    """Return the largest number of workers that split both a case and half of it, up to `times` the cores."""
-    most = max(2, min(times * CORES, case.num_envs))
-    return max(count for count in range(2, most + 1, 2) if case.num_envs % count == 0)
+def _sync(case: Case, **settings: Any) -> list[dict]:
+    """As many workers as there are cores, or the most below that split a case."""
+    return [{"num_workers": max(count for count in range(1, CORES + 1) if case.num_envs % count == 0), **settings}]
 
 
 def _first_ready(case: Case, *times: int, **settings: Any) -> list[dict]:
-    counts = sorted({_workers(case, one) for one in times})
-    return [{"batch_size": case.num_envs // 2, "num_workers": count, **settings} for count in counts]
+    """Batches of half a case, and as many times as many workers as there are cores, or the most below that split it."""
+    most = [max(2, min(CORES * one, case.num_envs)) for one in times]
+    counts = {max(count for count in range(2, one + 1, 2) if case.num_envs % count == 0) for one in most}
+    return [{"batch_size": case.num_envs // 2, "num_workers": count, **settings} for count in sorted(counts)]
 
 
 def _threads(*batch_sizes: int, **settings: Any) -> list[dict]:
@@ -286,17 +287,14 @@ def _no_sweep(case: Case) -> bool:
 GYMNASIUM = {"copy": False, "autoreset_mode": SAME_STEP}
 ENVPOOL = {"episodic_life": True, "reward_clip": True, "noop_max": 30, "frame_skip": 4, "stack_num": 4}
 ALE = {"episodic_life": True, "noop_max": 30, "frameskip": 4, "stack_num": 4, "autoreset_mode": SAME_STEP}
-PUFFERLIB = {"num_workers": CORES, "overwork": True}
 
 CONTENDERS = {
     "puffer_core Serial": Contender("in process", None, partial(_puffer, "Serial")),
     "puffer_core sync": Contender(
-        "sync", None, partial(_puffer, "Multiprocessing"),
-        lambda case: [{"num_workers": max(count for count in range(1, CORES + 1) if case.num_envs % count == 0)}],
-        workers="num_workers",
+        "sync", None, partial(_puffer, "Multiprocessing"), _sync, workers="num_workers",
     ),
     "puffer_core sync, all infos": Contender(
-        "sync", None, partial(_puffer, "Multiprocessing"), lambda case: [{"infos": "all"}], _has_infos,
+        "sync", None, partial(_puffer, "Multiprocessing"), partial(_sync, infos="all"), _has_infos,
     ),
     "puffer_core first-ready": Contender(
         "first-ready", None, partial(_puffer, "Multiprocessing"),
@@ -332,14 +330,14 @@ CONTENDERS = {
     ),
     "PufferLib Serial": Contender("in process", "pufferlib-core", partial(_pufferlib, "Serial")),
     "PufferLib sync": Contender(
-        "sync", "pufferlib-core", partial(_pufferlib, "Multiprocessing"), lambda case: [PUFFERLIB],
+        "sync", "pufferlib-core", partial(_pufferlib, "Multiprocessing"), partial(_sync, overwork=True),
         workers="num_workers",
     ),
     "PufferLib first-ready": Contender(
         "first-ready", "pufferlib-core", partial(_pufferlib, "Multiprocessing"),
         lambda case: [
-            {**PUFFERLIB, "num_workers": _workers(case), "batch_size": case.num_envs // 2, "sync_traj": in_turn}
-            for in_turn in (False, True)
+            {**settings, "sync_traj": in_turn}
+            for settings in _first_ready(case, 1, overwork=True) for in_turn in (False, True)
         ],
         workers="num_workers",
     ),

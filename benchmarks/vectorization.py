@@ -48,7 +48,7 @@ class Args:
     """contenders to measure, wildcards allowed; unless all are, nothing is written: ratios are of one run"""
     rounds: int = 5
     """turns that each contender gets"""
-    seconds: float = 0.4
+    seconds: float = 0.3
     """length of a turn, after a warm-up of a quarter of it"""
     quick: bool = False
     """turns of 0.05 seconds, no trials of which settings are best, and a few cases unless you name others"""
