@@ -57,8 +57,7 @@ class AtariWrapper(gymnasium.Wrapper):
             own_limit = self._atari.ale.getInt("max_num_frames_per_episode") or np.inf  # 0: no limit
             self._atari.ale.setInt("max_num_frames_per_episode", min(env.spec.max_episode_steps, own_limit))
             self._atari.load_game()  # when the emulator reads its settings
-        screen = self._atari.ale.getScreenDims()
-        self._newest, self._second_newest = np.zeros(screen, np.uint8), np.zeros(screen, np.uint8)
+        self._newest, self._second_newest = np.zeros((2, *self._atari.ale.getScreenDims()), np.uint8)
         self._stack = np.zeros(self.observation_space.shape, np.uint8)
         self._lives, self._life_lost, self._needs_reset = 0, False, True
 
@@ -83,7 +82,8 @@ class AtariWrapper(gymnasium.Wrapper):
             raise gymnasium.error.ResetNeeded("AtariWrapper.step() needs a running game: call reset() first")
         reward, life_lost = self._press(self._actions[action])
         self._length += 1
-        self._stack[:-1] = self._stack[1:]
+        pixels = self._stack.reshape(-1).data
+        pixels[: -(SCREEN_SIZE**2)] = pixels[SCREEN_SIZE**2 :]  # 2 us, where arrays that overlap take 9
         self._draw()
         game_over, truncated = self._atari.ale.game_over(with_truncation=False), self._atari.ale.game_truncated()
         self._needs_reset = game_over or truncated

@@ -181,7 +181,14 @@ class Layout:
                 vector[:] = _cast(leaves[0], value)
             return row
 
-        return write_vector if self._build is next and row.ndim == 1 and leaves[0].shape == row.shape else write
+        def write_image(value: Any) -> np.ndarray:
+            fits = value.__class__ is np.ndarray and (value.shape, value.dtype) == known[0]
+            row[...] = value if fits else _cast(leaves[0], value)  # 2.5 us for four frames, where a join takes 7
+            return row
+
+        if self._build is not next or leaves[0].shape != row.shape:
+            return write
+        return write_vector if row.ndim == 1 else write_image
 
     def unflatten(self, flat: Any) -> Any:
         """See flat rows `(*batch, *flat_space.shape)`, numpy or torch, as nested views `(*batch, *leaf.shape)`.
