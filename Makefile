@@ -21,10 +21,14 @@ lint: .venv/.ready  ## check style and spelling
 	.venv/bin/ruff check .
 	.venv/bin/codespell
 
-bench: .venv/.ready  ## measure speed, about 20 minutes with nothing else running, and draw; ARGS="--quick" for a first look
+bench: .venv/.ready  ## measure speed, about 30 minutes with nothing else running, and draw; ARGS="--quick" for a first look
 	.venv/bin/python -m benchmarks.vectorization $(ARGS)
 	.venv/bin/python -m benchmarks.emulation $(ARGS)
 	.venv/bin/python -m benchmarks.training $(ARGS)
+	.venv/bin/python -m benchmarks.report
+
+bench-learn: .venv/.ready  ## measure how soon demo.py learns, about 20 minutes with nothing else running, and draw
+	.venv/bin/python -m benchmarks.learning $(ARGS)
 	.venv/bin/python -m benchmarks.report
 
 charts: .venv/.ready  ## draw the charts and tables of BENCHMARKS.md and README.md anew from benchmarks/results
@@ -50,6 +54,6 @@ test-matrix: .venvs/gymnasium-1.4.0/.ready .venvs/numpy-1.26.4/.ready  ## the co
 		gymnasium numpy torch pettingzoo mpe2 pytest pytest-timeout hypothesis cloudpickle threadpoolctl
 	@touch $@
 
-.PHONY: help setup train test lint bench charts test-matrix
+.PHONY: help setup train test lint bench bench-learn charts test-matrix
 .DEFAULT_GOAL := help
 .SUFFIXES:

@@ -181,3 +181,22 @@ def training(path: Path, result: Record) -> None:
         axes.legend(ncols=3, frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 0.98), fontsize=9, borderpad=0)
 
     panels(path, "Milliseconds a step of training, fewer are better", [""], 1, (9, 1.2 + 0.34 * len(rows)), draw)
+
+
+def learning(path: Path, result: Record) -> None:
+    """Draw the mean return over steps, a panel a task, a line a seed, and dashed what ends a run."""
+    by_task = {record["contender"]: record for record in result["records"] if record["median"]}
+
+    def draw(axes: Any, task: str) -> None:
+        runs, goal = by_task[task]["runs"], by_task[task]["goal"]
+        for run, style in zip(runs, ("-", "--", ":", "-.") * len(runs)):
+            steps, _, means = zip(*run["curve"])
+            axes.plot(steps, means, style, color=OURS, linewidth=1.4)
+        if goal is not None:
+            axes.axhline(goal, color=INK, linestyle="--", linewidth=0.8)
+        seconds = [run["end"][1] for run in runs]
+        axes.set_xlabel(f"steps; {min(seconds):.0f} to {max(seconds):.0f} seconds", fontsize=8.5, loc="right")
+        axes.xaxis.set_major_formatter(lambda value, _: short(value) if value else "0")
+        axes.set_title(task)
+
+    panels(path, "Mean return of the last 100 episodes, a line a seed", list(by_task), 3, (4, 2.6), draw)

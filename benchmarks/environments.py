@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 
 import gymnasium
 import numpy as np
@@ -60,6 +61,35 @@ def _spin(seconds: float) -> None:
     end = time.thread_time() + seconds
     while time.thread_time() < end:
         pass
+
+
+class Slow(NoOp):
+    """Takes 5 ms a step on average, exponentially distributed, and 50 steps an episode; `spend` takes the time."""
+
+    def __init__(self, spend: Callable[[float], None]):
+        self.spend = spend
+
+    def reset(self, *, seed=None, options=None):
+        """Begin to count."""
+        super(NoOp, self).reset(seed=seed)
+        self.steps = 0
+        return self.observation, {}
+
+    def step(self, action):
+        """Take some time."""
+        self.steps += 1
+        self.spend(self.np_random.exponential(5e-3))
+        return self.observation, 0.0, False, self.steps == 50, {}
+
+
+def working() -> gymnasium.Env:
+    """Return one that keeps its core busy."""
+    return Slow(_spin)
+
+
+def waiting() -> gymnasium.Env:
+    """Return one that waits, as for a simulator on another machine."""
+    return Slow(time.sleep)
 
 
 def cartpole() -> gymnasium.Env:

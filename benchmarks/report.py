@@ -6,6 +6,7 @@ Nothing is measured here and no number is typed in: the same JSON gives the same
 """
 
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,24 @@ def training(result: Record) -> str:
     return table(("", "steps/s", "least to largest", "envs", *charts.PARTS), rows)
 
 
+def learning(result: Record) -> str:
+    """Return the table of what demo.py learns."""
+    rows = []
+    for record in result["records"]:
+        row = [record["contender"], f"`{record['settings']['flags']}`"]
+        if record["median"] is None:
+            rows.append([*row, record["error"]])
+            continue
+        ends = sorted(run["end"][:2] for run in record["runs"])
+        steps, seconds = zip(*ends)
+        speed = statistics.median(run["sps"] for run in record["runs"])
+        row += [f"{record['goal']:g}" if record["goal"] is not None else "", *spread(record, ".4g")]
+        row += [f"{min(steps):,} to {max(steps):,}", f"{min(seconds):.0f} to {max(seconds):.0f}", f"{speed:,.0f}"]
+        rows.append(row)
+    heads = ("", "flags of `demo.py`", "goal", "mean return", "least to largest", "steps", "seconds", "steps/s")
+    return table(heads, rows)
+
+
 # -------------------------------------------------------------------------------------------------------------- pages
 
 
@@ -136,6 +155,7 @@ def results(folder: Path = RESULTS) -> str:
             parts += [f"**{one['num_envs']} environments**\n\n{vectorization(one)}\n\n{source(one)}" for one in own]
         others = {name: (one["title"], vectorization) for name, one in sweeps(found).items()}
         others |= {"emulation": ("Emulation", emulation), "training": ("Training", training)}
+        others |= {"learning": ("Learning", learning)}
         for name in [name for name in others if name in found]:
             title, text = others[name][0], others[name][1](found[name])
             parts.append(f"### {title}\n\n![{title}]({place}/{name}.png)\n\n{text}\n\n{source(found[name])}")
@@ -178,7 +198,7 @@ def draw(drawings: Path = ROOT / CHARTS, folder: Path = RESULTS) -> None:
             charts.environment(place / f"{name}.png", own)
         for name in sweeps(found):
             charts.sweep(place / f"{name}.png", found[name])
-        for name in {"emulation", "training"} & set(found):
+        for name in {"emulation", "training", "learning"} & set(found):
             getattr(charts, name)(place / f"{name}.png", found[name])
 
 

@@ -4,9 +4,9 @@
     python -m benchmarks.training --quick    # two iterations of a few steps
 
 All scripts run side by side and take turns, an iteration of PPO each: A B C A B C. The others wait at their next step
-of the environments meanwhile, which costs nothing. The scripts are those of the ladders, as they are: only `step` of
-the vectorizers is timed, from outside. Between two steps lies inference; the longest pause of an iteration is the
-update and one more inference.
+of the environments meanwhile, which costs nothing. The scripts are those of the ladders and demo.py, as they are: only
+`step` of the vectorizers is timed, from outside, or what lies between `send` and the end of `recv`. Between two steps
+lies inference; the longest pause of an iteration is the update and one more inference.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ SCRIPTS = {  # and the library that steps the environments, if it is not this pr
     "puffer_ppo_atari.py": None,
     "large_puffer_ppo_atari.py": None,
     "ppo_atari_envpool.py": "envpool",
+    "demo.py": None,
     "puffer_ppo_minihack.py": "gymnasium",
     "puffer_vec_ppo_minihack.py": None,
 }
@@ -64,31 +65,43 @@ def trace(script: str, num_steps: int) -> None:
     import puffer_core
 
     spans: list[tuple[float, float]] = []  # of the steps since the last iteration began
-    steps = -1
+    steps, start = -1, 0.0
 
-    def wrap(owner: Any) -> None:
-        step = owner.step
+    def before(actions: Any, *partial: Any) -> None:
+        nonlocal steps, start
+        steps += not partial  # EnvPool's script has ended environments reset by an extra, partial step
+        if not partial and steps % num_steps == 0:
+            last = split(spans, time.perf_counter(), num_steps * len(actions)) if spans else None
+            print(SAYS + json.dumps(last), flush=True)
+            if not sys.stdin.readline():  # nobody listens any more
+                os.killpg(0, signal.SIGKILL)
+            spans[:] = [(time.perf_counter(),) * 2]
+        start = time.perf_counter()
 
-        def timed(envs: Any, actions: Any, *partial: Any) -> Any:
-            nonlocal steps
-            steps += not partial  # EnvPool's script has ended environments reset by an extra, partial step
-            if not partial and steps % num_steps == 0:
-                if spans:
-                    print(SAYS + json.dumps(split(spans, time.perf_counter(), num_steps * len(actions))), flush=True)
-                else:
-                    print(SAYS + "null", flush=True)
-                if not sys.stdin.readline():  # nobody listens any more
-                    os.killpg(0, signal.SIGKILL)
-                spans[:] = [(time.perf_counter(),) * 2]
-            start = time.perf_counter()
-            result = step(envs, actions, *partial)
+    def after() -> None:
+        if steps >= 0:  # not what a reset brings
             spans.append((start, time.perf_counter()))
+
+    def wrap(owner: Any, first: str = "step", last: str = "step") -> None:
+        begin = getattr(owner, first)
+
+        def begun(envs: Any, *arguments: Any) -> Any:
+            before(*arguments)
+            return begin(envs, *arguments)
+
+        setattr(owner, first, begun)
+        finish = getattr(owner, last)
+
+        def finished(envs: Any, *arguments: Any) -> Any:
+            result = finish(envs, *arguments)
+            after()
             return result
 
-        owner.step = timed
+        setattr(owner, last, finished)
 
-    for owner in (gymnasium.vector.SyncVectorEnv, gymnasium.vector.AsyncVectorEnv, puffer_core.Serial):
-        wrap(owner)
+    wrap(gymnasium.vector.SyncVectorEnv)
+    wrap(gymnasium.vector.AsyncVectorEnv)
+    wrap(puffer_core.Serial, "send", "recv")
     if "envpool" in script:
         from envpool.python.envpool import EnvPoolMixin
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from running import ROOT, environment
 
-from benchmarks import charts, emulation, records, report, training, vectorization
+from benchmarks import charts, emulation, learning, records, report, training, vectorization
 from benchmarks.contenders import CASES, CONTENDERS, CORES, Case, Environment
 from benchmarks.environments import NoOp, Spin
 
@@ -111,10 +111,11 @@ def test_a_part_of_the_contenders_writes_nothing(tmp_path):
         (("--cases", "noop-9"), "--cases noop-9: expected some of noop-8, noop-64, "),
         (("--contenders", "Gym"), "--contenders Gym: expected some of puffer_core Serial, "),
         (("--rounds", "0"), "--rounds 0: expected more than 0"),
+        (("--tasks", "Chess"), "--tasks Chess: expected some of CartPole, "),
     ],
 )
 def test_a_wrong_flag_is_told_in_a_line(flags, message):
-    done = run("vectorization", *flags)
+    done = run("learning" if "--tasks" in flags else "vectorization", *flags)
     assert done.returncode == 1 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
 
@@ -235,8 +236,9 @@ def test_an_iteration_is_split():
     assert split == {"rows": 24, "seconds": 10.0, "env": 3.0, "inference": 1.5, "update": 5.5}
 
 
-def test_a_script_is_measured_from_outside():
-    script = training.Script("puffer_ppo_atari.py", num_steps=4)
+@pytest.mark.parametrize("name", ["puffer_ppo_atari.py", "ppo_atari.py", "demo.py"])
+def test_a_script_is_measured_from_outside(name):
+    script = training.Script(name, num_steps=4)
     try:
         assert script.answer() is None and script.error is None
         for _ in range(2):
@@ -255,6 +257,27 @@ def test_a_script_that_fails_says_so(monkeypatch):
         assert script.answer() is None and script.error.startswith("failed: --env-id BreakoutNoFrameskip-v4: ")
     finally:
         script.close()
+
+
+# ----------------------------------------------------------------------------------------------------------- learning
+
+
+def test_a_run_ends_at_its_goal_and_gives_its_curve(tmp_path):
+    task = learning.Task("--env-id CartPole-v1 --num-envs 4 --total-timesteps 40000", goal=60)
+    run = learning.learn(task, seed=1)
+    steps, seconds, means = zip(*run["curve"])
+    assert steps == tuple(sorted(set(steps))) and seconds == tuple(sorted(seconds)) and seconds[0] > 0
+    assert run["curve"][-1] == run["end"] and 2 < len(steps) <= learning.POINTS
+    assert means[0] < 60 <= means[-1] and steps[-1] < 40000
+    result = {"benchmark": "learning", "records": [learning.record("CartPole", task, [run], None)]}
+    assert f"| 60 | {means[-1]:.4g} |" in report.learning(result)
+    charts.learning(tmp_path / "learning.png", result)
+    assert cv2.imread(str(tmp_path / "learning.png")) is not None
+
+
+def test_a_run_that_fails_says_so():
+    with pytest.raises(RuntimeError, match="--env-id Nothing-v0: "):
+        learning.learn(learning.Task("--env-id Nothing-v0"), seed=1)
 
 
 # --------------------------------------------------------------------------------------------------- pages and charts

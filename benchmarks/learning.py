@@ -1,0 +1,123 @@
+"""What demo.py learns and how soon, on tasks of many kinds; curves and speeds are from the runs' own TensorBoard logs.
+
+    python -m benchmarks.learning                       # about 20 minutes; writes benchmarks/results/learning.json
+    python -m benchmarks.learning --tasks "CartPole*"   # this one alone; writes nothing
+
+Runs come one after another, as each takes the whole machine. A run ends when the mean return of its last 100 episodes
+reaches the goal, or with its last step. Its seconds are those of the clock since the command was given. The last four
+tasks teach nothing: their steps take 5 ms on average with a spread of 100 %, and it is the speed that matters.
+"""
+
+import fnmatch
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
+from rich.progress import track
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from benchmarks import records
+
+POINTS = 60  # of a curve, at most
+
+
+class Task(NamedTuple):
+    """Flags of demo.py, and the mean return that ends a run, if any does."""
+
+    flags: str
+    goal: float | None = None
+
+
+TEAM = "--num-envs 16 --num-steps 25 --learning-rate 1e-3 --gamma 0.95"
+RECALL = "--env-id tests.envs:Recall --num-steps 64 --hidden-size 32 --learning-rate 5e-3"
+IN_STEP = "--num-steps 32 --total-timesteps 8192 --num-envs 8 --num-workers 8"
+FIRST_READY = "--num-steps 32 --total-timesteps 8192 --num-envs 16 --num-workers 16 --env-batch-size 8 --no-zero-copy"
+TASKS = {
+    "CartPole": Task("--env-id CartPole-v1 --total-timesteps 500000", 475),
+    "Pendulum": Task("--env-id Pendulum-v1 --gamma 0.9 --total-timesteps 500000", -250),
+    "MiniHack Room 5x5": Task("--env-id MiniHack-Room-5x5-v0 --total-timesteps 100000", 0.95),
+    "simple_spread, 3 agents": Task(f"--env-id pettingzoo:mpe2.simple_spread_v3 {TEAM} --total-timesteps 300000"),
+    "Recall, LSTM": Task(f"{RECALL} --use-lstm --total-timesteps 50000", 0.95),
+    "Recall, no memory": Task(f"{RECALL} --total-timesteps 50000", 0.95),
+    "Steps that wait": Task(f"--env-id benchmarks.environments:waiting {IN_STEP}"),
+    "Steps that wait, first-ready": Task(f"--env-id benchmarks.environments:waiting {FIRST_READY}"),
+    "Steps that work": Task(f"--env-id benchmarks.environments:working {IN_STEP}"),
+    "Steps that work, first-ready": Task(f"--env-id benchmarks.environments:working {FIRST_READY}"),
+}
+
+
+@dataclass
+class Args:
+    """Train demo.py on tasks of many kinds."""
+
+    tasks: tuple[str, ...] = ("*",)
+    """tasks to learn, wildcards allowed; unless all are, nothing is written"""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """seeds of the runs of each"""
+    results: Path = records.RESULTS
+    """where the JSON file goes"""
+
+
+def learn(task: Task, seed: int) -> dict[str, Any]:
+    """Run demo.py; returns its curve as (step, seconds, mean return) and the last point of it."""
+    flags = [*task.flags.split(), "--seed", str(seed), "--quiet"]
+    flags += [] if task.goal is None else ["--target-return", str(task.goal)]
+    with tempfile.TemporaryDirectory() as folder:
+        start, paths = time.time(), {**os.environ, "PYTHONPATH": str(records.ROOT)}
+        command = [sys.executable, "-W", "ignore", str(records.ROOT / "demo.py"), *flags]
+        done = subprocess.run(command, cwd=folder, env=paths, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError((done.stderr.strip().splitlines() or ["it ended early"])[-1])
+        (events,) = Path(folder).rglob("events.out.tfevents*")
+        log = EventAccumulator(str(events)).Reload()
+    curve = [
+        (event.step, round(event.wall_time - start, 1), float(f"{event.value:.4g}"))
+        for event in log.Scalars("charts/episodic_return")
+    ]
+    thinned = [curve[round(index * (len(curve) - 1) / (POINTS - 1))] for index in range(POINTS)]
+    speeds = [event.value for event in log.Scalars("charts/SPS")[1:]]  # the first has the start-up in it
+    sps = float(f"{statistics.median(speeds):.4g}") if speeds else None
+    return {"seed": seed, "curve": list(dict.fromkeys(thinned)), "end": curve[-1], "sps": sps}
+
+
+def record(name: str, task: Task, runs: list[dict], error: str | None) -> dict[str, Any]:
+    """Return what goes into the file about a task; its samples are the mean returns at the ends of its runs."""
+    who = {"contender": name, "library": None, "version": records.version(None), "settings": {"flags": task.flags}}
+    final = records.summary([run["end"][2] for run in runs])
+    return {"case": "learning", **who, "goal": task.goal, "error": error, **final, "runs": runs}
+
+
+def main() -> None:
+    """Learn what the flags say."""
+    args = tyro.cli(Args)
+    for pattern in args.tasks:
+        if not fnmatch.filter(TASKS, pattern):
+            raise SystemExit(f"--tasks {pattern}: expected some of {', '.join(map(shlex.quote, TASKS))}")
+    names = [name for name in TASKS if any(fnmatch.fnmatchcase(name, pattern) for pattern in args.tasks)]
+    source, found, errors = records.provenance(), {name: [] for name in names}, dict.fromkeys(names)
+    plan = [(name, seed) for seed in args.seeds for name in names]
+    for name, seed in track(plan, description="learning", disable=not sys.stdout.isatty()):
+        if not errors[name]:
+            try:
+                found[name].append(learn(TASKS[name], seed))
+                step, seconds, mean = found[name][-1]["end"]
+                print(f"  {name}, seed {seed}: {mean:.4g} at step {step:,} after {seconds:.0f} s", flush=True)
+            except RuntimeError as error:
+                errors[name], found[name] = f"failed: {error}", []
+                print(f"  {name}, seed {seed}: {errors[name]}", flush=True)
+    if args.tasks == ("*",):
+        head = {"benchmark": "learning", "unit": "mean return of the last 100 episodes", "rounds": len(args.seeds)}
+        entries = [record(name, TASKS[name], found[name], errors[name]) for name in names]
+        records.write(args.results / "learning.json", {**head, "turn": "a run", **source, "records": entries})
+
+
+if __name__ == "__main__":
+    main()
