@@ -20,6 +20,8 @@ try:
     warnings.filterwarnings("ignore", "pkg_resources")  # minihack's, which setuptools wants to drop
     import minihack  # noqa: F401  makes its tasks and NetHack's known to gymnasium
     from nle import nethack
+
+    from nethack_wrappers import NetHackWrapper
 except ImportError as error:
     raise SystemExit(f"{error}: install the extra, pip install '.[minihack]'") from None
 
@@ -91,19 +93,10 @@ class Args:
 def make_env(env_id, idx, capture_video, run_name):
     keys = ("glyphs", "chars", "colors", "specials", "blstats", "message", "tty_chars", "tty_colors", "tty_cursor")
 
-    class SeededNetHack(gym.Wrapper):
-        def reset(self, *, seed=None, options=None):  # NLE ignores the seed: draw those of every game from it
-            gym.Env.reset(self.unwrapped, seed=seed)
-            self.unwrapped.seed(*self.np_random.integers(2**63, size=2).tolist())
-            return self.env.reset(options=options)
-
-        def render(self):
-            return self.env.render().copy()  # NLE draws all its frames into one array
-
     def thunk():
         recorded = capture_video and idx == 0
         env = gym.make(env_id, observation_keys=keys, fix_moon_phase=True, render_mode="pixel" if recorded else None)
-        env = gym.wrappers.RecordEpisodeStatistics(SeededNetHack(env))
+        env = gym.wrappers.RecordEpisodeStatistics(NetHackWrapper(env))
         if recorded:
             env = gym.wrappers.RecordVideo(env, f"videos/{run_name}")
         return puffer_core.GymnasiumPufferEnv(env)

@@ -105,10 +105,12 @@ def breakout() -> gymnasium.Env:
 
 
 def minihack() -> gymnasium.Env:
-    """Return a task of MiniHack that observes nine arrays, 12.6 kB in all."""
+    """Return a task of MiniHack behind this project's one wrapper; it observes nine arrays, 12.6 kB in all."""
     import minihack  # noqa: F401  makes its tasks known to gymnasium
 
-    return gymnasium.make("MiniHack-River-v0", observation_keys=NETHACK_KEYS)
+    from nethack_wrappers import NetHackWrapper
+
+    return NetHackWrapper(gymnasium.make("MiniHack-River-v0", observation_keys=NETHACK_KEYS))
 
 
 def spread():

@@ -1,0 +1,133 @@
+"""The NetHack wrapper on the real games: what it leaves out changes nothing that anybody sees, and saves time."""
+
+import copy
+import time
+
+import gymnasium
+import minihack  # noqa: F401
+import numpy as np
+import pytest
+
+from nethack_wrappers import NetHackWrapper
+
+KEYS = ("glyphs", "chars", "colors", "specials", "blstats", "message", "tty_chars", "tty_colors", "tty_cursor")
+
+
+class OnlySeeded(gymnasium.Wrapper):
+    """Seeds as the wrapper does, and leaves nothing out."""
+
+    def reset(self, *, seed=None, options=None):
+        gymnasium.Env.reset(self.unwrapped, seed=seed)
+        self.unwrapped.seed(*self.np_random.integers(2**63, size=2).tolist())
+        return self.env.reset(options=options)
+
+
+def make(wrapper, env_id, keys=KEYS, **settings):
+    return wrapper(gymnasium.make(env_id, observation_keys=keys, fix_moon_phase=True, **settings))
+
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys()
+    for key in expected:
+        np.testing.assert_array_equal(got[key], expected[key], key)
+
+
+TASKS = {
+    "MiniHack-River-v0": KEYS,
+    "MiniHack-Eat-v0": KEYS,  # rewards from what the screen says
+    "MiniHack-Quest-Easy-v0": ("glyphs_crop", "chars_crop", "blstats", "pixel_crop"),
+    "MiniHack-Room-Monster-5x5-v0": (*KEYS, "screen_descriptions"),
+    "NetHackScore-v0": KEYS,
+}
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+def test_games_are_those_of_the_bare_environment(env_id):
+    ours, bare = make(NetHackWrapper, env_id, TASKS[env_id]), make(OnlySeeded, env_id, TASKS[env_id])
+    assert ours.observation_space == bare.observation_space
+    assert_same(ours.reset(seed=3)[0], bare.reset(seed=3)[0])
+    rng, ends = np.random.default_rng(0), 0
+    for _ in range(1200):
+        action = int(rng.integers(ours.action_space.n))
+        observation, *rest = ours.step(action)
+        expected, *expected_rest = bare.step(action)
+        assert_same(observation, expected)
+        assert rest == expected_rest
+        if rest[1] or rest[2]:
+            ends += 1
+            assert_same(ours.reset()[0], bare.reset()[0])
+    assert ends >= 2 or env_id == "NetHackScore-v0"
+    ours.close(), bare.close()
+
+
+@pytest.mark.parametrize(
+    "env_id, keys, is_left_out",
+    [
+        ("MiniHack-River-v0", KEYS, True),
+        ("MiniHack-River-v0", (*KEYS, "screen_descriptions"), False),
+        ("MiniHack-River-v0", (*KEYS, "screen_descriptions_crop"), False),
+        ("MiniHack-Eat-v0", KEYS, False),
+    ],
+)
+def test_descriptions_are_left_out_where_nobody_reads_them(env_id, keys, is_left_out):
+    env = make(NetHackWrapper, env_id, keys)
+    env.reset(seed=1)
+    env.step(0)
+    seen = dict(zip(env.unwrapped._observation_keys, env.unwrapped.last_observation))
+    assert (seen["screen_descriptions"].size == 0) == is_left_out
+    assert seen["chars"].any() and (is_left_out or seen["screen_descriptions"].any())
+    env.close()
+
+
+def test_steps_take_less_time():
+    envs = [make(wrapper, "MiniHack-River-v0") for wrapper in (NetHackWrapper, OnlySeeded)]
+    spent = np.zeros((30, 2))
+    for env in envs:
+        env.reset(seed=1)
+    for turn in range(len(spent)):
+        for index, env in enumerate(envs):
+            start = time.process_time()
+            for step in range(50):
+                _, _, terminated, truncated, _ = env.step(step % 8)
+                if terminated or truncated:
+                    env.reset()
+            spent[turn, index] = time.process_time() - start
+    ours, bare = np.median(spent, axis=0)
+    print(f"\na step takes {ours / 50 * 1e6:.0f} us, of the bare environment {bare / 50 * 1e6:.0f} us")
+    assert ours < 0.85 * bare
+
+
+def test_frames_are_not_drawn_over():
+    env = make(NetHackWrapper, "MiniHack-River-v0", render_mode="pixel")
+    env.reset(seed=1)
+    first = env.render()
+    kept = first.copy()
+    for action in range(8):
+        env.step(action)
+    np.testing.assert_array_equal(first, kept)
+    assert (env.render() != first).any()
+    env.close()
+
+
+def test_the_terminal_is_drawn_in_colors():
+    env = make(NetHackWrapper, "MiniHack-River-v0", render_mode="ansi")
+    observation, _ = env.reset(seed=1)
+    text = env.render()
+    assert "\033[" in text and len(text.splitlines()) == len(observation["tty_chars"])
+    env.close()
+
+
+def test_the_game_refills_its_arrays():
+    """With the wrapper as without: who keeps observations has to copy them."""
+    env = make(NetHackWrapper, "MiniHack-River-v0")
+    first, _ = env.reset(seed=1)
+    kept = copy.deepcopy(first)
+    second, *_ = env.step(0)
+    assert all(first[key] is second[key] for key in KEYS)
+    assert any((kept[key] != second[key]).any() for key in KEYS)
+    env.close()
+
+
+def test_other_environments_are_refused():
+    with pytest.raises(TypeError, match="NetHackWrapper needs an environment of NLE or MiniHack, got .*CartPole"):
+        NetHackWrapper(gymnasium.make("CartPole-v1"))
