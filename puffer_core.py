@@ -17,7 +17,7 @@ import contextlib
 import copy
 import ctypes
 import mmap
-import multiprocessing
+import multiprocessing.util
 import operator
 import os
 import pickle
@@ -28,7 +28,6 @@ import tempfile
 import threading
 import time
 import traceback
-import weakref
 from collections import Counter, deque, namedtuple
 from collections.abc import Callable, Sequence
 from functools import partial, partialmethod
@@ -48,6 +47,7 @@ CACHE_LINE = 64  # bytes; every worker's flag has a line of its own, so no two c
 SPIN_SECONDS = 1e-3  # wait by yielding for this long, then block: a learner needs the cores during its update
 BLOCK_SECONDS = 0.1  # a blocked process looks around this often even if nobody wakes it
 CLOSE_SECONDS = 3.0  # what workers get to close their environments before they are terminated, then killed
+_yield = getattr(os, "sched_yield", lambda: time.sleep(0))  # 0.6 us; on Linux, sleep(0) would take 50 to 90 us
 
 
 class APIUsageError(RuntimeError):
@@ -64,20 +64,17 @@ class WorkerError(RuntimeError):
 
 # ------------------------------------------------------------------------------------------------------------ layouts
 
-KINDS = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
-# One of KINDS in a nested space: bytes `start:stop` of a row; `bounds` holds its lowest and its highest values, flat.
+# A space that holds no others: bytes `start:stop` of a row; `bounds` holds its lowest and its highest values, flat.
 Leaf = namedtuple("Leaf", "path space dtype shape start stop bounds")
 
 
 def _plan(space: spaces.Space, path: str) -> tuple[np.dtype, list[Leaf], Callable, Callable]:
     """Return a space's dtype and leaves, a function from a sample to its leaves' values, and one back from these."""
     if not isinstance(space, (spaces.Dict, spaces.Tuple)) or len(space) == 0:
-        if not isinstance(space, KINDS) or space.dtype.kind not in "biuf" or not space.dtype.isnative:
-            raise TypeError(f"{path} is {space!r:.80}; only numbers in {[kind.__name__ for kind in KINDS]} can be flat")
-        low = getattr(space, "low", getattr(space, "start", 0))
-        count = 2 if isinstance(space, spaces.MultiBinary) else getattr(space, "nvec", getattr(space, "n", 0))
-        ends = (low, space.high if isinstance(space, spaces.Box) else low + count - 1)
-        bounds = np.array([np.full(space.shape, end, space.dtype).ravel() for end in ends])
+        box = batch_space(batch_space(space, 1), 1)  # once makes a MultiDiscrete of a Discrete, twice a Box of them all
+        if not isinstance(box, spaces.Box) or not box.dtype.isnative:
+            raise TypeError(f"{path} is {space!r:.80}; only Box, Discrete, MultiDiscrete and MultiBinary can be flat")
+        bounds = np.stack([box.low.ravel(), box.high.ravel()])
         leaf = Leaf(path, space, space.dtype.name, space.shape, 0, bounds[0].nbytes, bounds)
         return np.dtype((space.dtype, space.shape)), [leaf], lambda sample: (sample,), next
     keys = list(space) if (is_dict := isinstance(space, spaces.Dict)) else list(range(len(space)))
@@ -260,13 +257,14 @@ class ActionLayout:
 
 # ----------------------------------------------------------------------------------------------------------- adapters
 
-# Both adapters have `layout` and `action_layout`; flat `observation_space` and `action_space` of one agent (also under
-# `single_...`); `num_agents` rows; bool `masks`, False where the last call had nothing for an agent; `episode_over`. A
-# step is `decode`, then `play`, then `observation`, so that a vectorizer can take these apart: that saves it 0.2 us.
-
 
 class GymnasiumPufferEnv(gymnasium.ObservationWrapper):
-    """A Gymnasium environment with flat observations and flat actions."""
+    """A Gymnasium environment with flat observations and flat actions.
+
+    This adapter and the next have `layout` and `action_layout`; flat `observation_space` and `action_space` of one
+    agent (also under `single_...`); `num_agents` rows; bool `masks`, False where the last call had nothing for an
+    agent; `episode_over`. A step is `decode`, `play`, `observation`, so that a vectorizer can take it apart.
+    """
 
     def __init__(self, env: gymnasium.Env):
         super().__init__(env)
@@ -280,24 +278,29 @@ class GymnasiumPufferEnv(gymnasium.ObservationWrapper):
         """From now on, write every observation into the one row of `observations`, and return that row."""
         self.observation = self.layout.writer(observations[0, ...])  # an array even if it has no dimensions
 
-    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+    def step(self, action: Any) -> tuple[np.ndarray, Any, Any, Any, dict]:
         """Step with a flat action; returns the flat observation, reward, terminated, truncated and info."""
-        observation, reward, *rest = self.play(self.decode(action))
-        return self.observation(observation), _scalar(reward), *rest
+        observation, *rest = self.play(self.decode(action))
+        return self.observation(observation), *rest
 
 
 class PettingZooPufferEnv:
-    """A PettingZoo ParallelEnv as rows: row i is `possible_agents[i]`'s for ever, and zero while that has nothing."""
+    """A PettingZoo ParallelEnv as rows: row i is `possible_agents[i]`'s for ever, and zero while that has nothing.
 
-    reset = gymnasium.ObservationWrapper.reset  # returns the rows of observations, and infos by agent
+    `step` takes a flat action a row, ignored where its agent is not alive; it returns rows, and infos by agent.
+    """
+
+    reset, step, decode = GymnasiumPufferEnv.reset, GymnasiumPufferEnv.step, list  # `play` decodes for the living
 
     def __init__(self, env: Any):
+        if hasattr(env, "agent_iter") or not hasattr(env, "possible_agents"):
+            known = "a gymnasium.Env or a PettingZoo ParallelEnv (for others: pettingzoo.utils.aec_to_parallel)"
+            raise TypeError(f"expected {known}, got {type(env).__name__}")
         self.env, self.possible_agents, self.num_agents = env, list(env.possible_agents), len(env.possible_agents)
-        both = {agent: (env.observation_space(agent), env.action_space(agent)) for agent in self.possible_agents}
-        first, *others = both.values()
-        if any(other != first for other in others):
-            raise TypeError(f"all agents must have the same spaces, got {both}")
-        self.layout, self.action_layout = Layout(first[0]), ActionLayout(first[1])
+        pairs = [(env.observation_space(agent), env.action_space(agent)) for agent in self.possible_agents]
+        if any(pair != pairs[0] for pair in pairs):
+            raise TypeError(f"all agents must have the same spaces, got {dict(zip(self.possible_agents, pairs))}")
+        self.layout, self.action_layout = Layout(pairs[0][0]), ActionLayout(pairs[0][1])
         self.observation_space = self.single_observation_space = self.layout.flat_space
         self.action_space = self.single_action_space = self.action_layout.flat_space
         self.masks, self.episode_over = np.zeros(self.num_agents, bool), True
@@ -308,24 +311,15 @@ class PettingZooPufferEnv:
         return getattr(self.__dict__["env"], name)
 
     def bind(self, observations: np.ndarray) -> None:
-        """From now on, write observations into the rows of `observations`; what `reset` and `step` return is a copy."""
-        self._rows = observations
-        agents = enumerate(self.possible_agents)
-        self._writers = {agent: self.layout.writer(observations[row, ...]) for row, agent in agents}
+        """From now on, write into the rows of `observations`; what `reset` and `step` return is a copy."""
+        self._rows, rows = observations, enumerate(self.possible_agents)
+        self._writers = {agent: self.layout.writer(observations[row, ...]) for row, agent in rows}
 
-    def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
-        """Step with a flat action a row, ignored where its agent is not alive; returns rows, and infos by agent."""
-        observations, *rest = self.play(self.decode(actions))
-        return self.observation(observations), *rest
-
-    def decode(self, actions: Any) -> dict:
-        """Return the actions of the agents that are alive, by agent."""
+    def play(self, actions: Sequence[Any]) -> tuple:
+        """Step with flat actions; returns observations by agent, columns of the rest, and infos by agent."""
         living, pairs, decode = set(self.env.agents), zip(self.possible_agents, actions), self.action_layout.unflatten
-        return {agent: decode(action) for agent, action in pairs if agent in living}
-
-    def play(self, actions: dict) -> tuple:
-        """Step with actions by agent; returns observations by agent, columns of the rest, and infos by agent."""
-        observations, rewards, terminations, truncations, infos = self.env.step(actions)
+        played = self.env.step({agent: decode(action) for agent, action in pairs if agent in living})
+        observations, rewards, terminations, truncations, infos = played
         self.episode_over = all(terminations.get(agent) or truncations.get(agent) for agent in self.env.agents)
         pairs = (_scalar, rewards), (bool, terminations), (bool, truncations)
         columns = [np.array([kind(column.get(agent, 0)) for agent in self.possible_agents]) for kind, column in pairs]
@@ -361,17 +355,6 @@ def _scalar(reward: Any) -> float:
     return reward if reward.__class__ is float else float(np.asarray(reward).item())
 
 
-def _adapt(env: Any) -> GymnasiumPufferEnv | PettingZooPufferEnv:
-    if isinstance(env, (GymnasiumPufferEnv, PettingZooPufferEnv)):
-        return env
-    if isinstance(env, gymnasium.Env):
-        return GymnasiumPufferEnv(env)
-    if hasattr(env, "agent_iter") or not hasattr(env, "possible_agents"):
-        expected = "a gymnasium.Env or a PettingZoo ParallelEnv (turn-based ones need pettingzoo.utils.aec_to_parallel)"
-        raise TypeError(f"env_fns must return {expected}, got {type(env).__name__}")
-    return PettingZooPufferEnv(env)
-
-
 # -------------------------------------------------------------------------------------------------------- vectorizers
 
 
@@ -397,29 +380,32 @@ def _map_rows(path: str, num_rows: int, observation: Any, action: Any, own: slic
 class _Shard:
     """The environments of one process, stepped in turn; `reset` and `step` fill rows and return (row, info) pairs."""
 
-    def __init__(self, progress: Any):
-        self.envs, self.progress = [], progress  # `progress[0]` tells which environment is at work, even after a crash
+    def __init__(self, env_fns: Sequence[Callable], progress: Any):
+        self.env_fns, self.envs, self.progress = env_fns, [], progress  # `progress[0]`: the environment that is at work
 
-    def constructor(self, env_fns: Sequence[Callable], first_env: int, num_envs: int, path: str, infos: str) -> Any:
-        for self.progress[0], env_fn in enumerate(env_fns):
-            self.envs.append(_adapt(env_fn()))
+    def constructor(self, indices: Sequence[int], num_envs: int, path: str, infos: str) -> list:
+        for index, env_fn in enumerate(self.env_fns):
+            self.progress[0] = index
+            env = env_fn()
+            adapter = GymnasiumPufferEnv if isinstance(env, gymnasium.Env) else PettingZooPufferEnv
+            self.envs.append(env if isinstance(env, adapter) else adapter(env))
         env, count, self.all_infos = self.envs[0], self.envs[0].num_agents, infos == "all"
-        own = slice(first_env * count, (first_env + len(self.envs)) * count)
+        own = slice(indices[0] * count, (indices[-1] + 1) * count)
         self.rows = _map_rows(path, num_envs * count, env.single_observation_space, env.single_action_space, own)
-        self.is_team, self.is_discrete = hasattr(env, "possible_agents"), isinstance(env.action_space, spaces.Discrete)
+        self.is_team, self.is_discrete = adapter is PettingZooPufferEnv, isinstance(env.action_space, spaces.Discrete)
         self.slices = [slice(row, row + count) for row in range(0, len(self.envs) * count, count)]
-        return CloudpickleWrapper([(env.layout.space, env.action_layout.space, env.num_agents, env.metadata,
-                                    getattr(env, "render_mode", None)) for env in self.envs])  # fmt: skip
+        return [CloudpickleWrapper((env.layout.space, env.action_layout.space, env.num_agents, env.metadata,
+                                    getattr(env, "render_mode", None))) for env in self.envs]  # fmt: skip
 
     def reset(self, seeds: Sequence[int | None], options: dict | None) -> list:
-        self.rows.rewards[:], self.rows.terminations[:], self.rows.truncations[:] = 0, False, False
-        for env, where in zip(self.envs, self.slices):
-            env.bind(self.rows.observations[where])  # here, where all are known to be alike
-        places = self.slices if self.is_team else range(len(self.envs))
-        self.turns = [(env.play, env.decode, env.observation, where) for env, where in zip(self.envs, places)]
-        return [said for index, seed in enumerate(seeds) for said in self._reset(index, seed, options).items()]
+        rows, self.turns = self.rows, []
+        rows.rewards[:], rows.terminations[:], rows.truncations[:] = 0, False, False
+        for index, (env, where) in enumerate(zip(self.envs, self.slices)):
+            env.bind(rows.observations[where])  # here, where all are known to be alike
+            self.turns.append((env.play, env.decode, env.observation, where if self.is_team else index))
+        return [said for index, seed in enumerate(seeds) for said in self._begin(index, seed, options).items()]
 
-    def _reset(self, index: int, seed: int | None = None, options: dict | None = None) -> dict[int, dict]:
+    def _begin(self, index: int, seed: int | None = None, options: dict | None = None) -> dict[int, dict]:
         self.progress[0] = index
         _, info = self.envs[index].reset(seed=seed, options=options)
         self.rows.masks[self.slices[index]] = self.envs[index].masks
@@ -450,12 +436,12 @@ class _Shard:
     def _tell(self, index: int, info: dict) -> list:
         """Start the next episode if this one is over; returns what infos there are of ends, and of steps if wanted."""
         rows, where, env, infos = self.rows, self.slices[index], self.envs[index], self._by_row(index, info)
-        rows.masks[where] = env.masks
+        rows.masks[where] = acted = env.masks
         ended = np.flatnonzero(rows.terminations[where] | rows.truncations[where]) + where.start
         finals = {row: {"final_info": copy.deepcopy(infos.pop(row, {}))} for row in ended.tolist()}
         if env.episode_over:
-            last, acted = rows.observations[where].copy(), env.masks.copy()
-            infos = self._reset(index)
+            last = rows.observations[where].copy()
+            infos = self._begin(index)
             for row in (np.flatnonzero(acted) + where.start).tolist():
                 if not rows.masks[row]:  # took part in the last step, but is not in the new episode
                     rows.observations[row], rows.masks[row] = last[row - where.start], True
@@ -479,12 +465,14 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
     Arguments are as in `Multiprocessing`. What an environment raises comes through as it is.
     """
 
-    closed = True  # until there is something to close
-
     def __init__(self, env_fns: Sequence[Callable], zero_copy: bool = True, infos: str = "final"):
-        self._open(env_fns, 1, None, zero_copy, infos)
+        self._shard = _Shard(env_fns, [0])
+        self.envs, self._stop = self._shard.envs, self._shard.close
+        self._divide(env_fns, 1, None, zero_copy, infos)
+        self._construct(infos)
 
-    def _open(self, env_fns: Any, num_workers: int | None, batch_size: int | None, zero_copy: bool, infos: str) -> None:
+    def _divide(self, env_fns: Any, num_workers: Any, batch_size: Any, zero_copy: bool, infos: str) -> None:
+        """Check the arguments, and divide the environments among workers, and the workers among batches."""
         if not isinstance(env_fns, Sequence) or not env_fns or not all(map(callable, env_fns)):
             raise TypeError(f"env_fns: expected a list of functions that return environments, got {env_fns!r:.80}")
         if infos not in ("final", "all"):
@@ -506,12 +494,15 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         self._per_worker, self._group_size, self._groups_per_batch = per_worker, size, batch_size // per_worker // size
         self._finished, self._ready, self._busy = [0] * (num_workers // size), deque(), []
         self._replies, self._said = [()] * num_workers, [()] * num_workers  # to commands; to steps and resets
-        self._expected, self.closed = "async_reset", False
+        self._expected = "async_reset"
+
+    def _construct(self, infos: str) -> None:
         memfd = hasattr(os, "memfd_create")  # memory without a name, so that none can be left behind
         try:
             with os.fdopen(os.memfd_create("rows"), "r+b") if memfd else tempfile.NamedTemporaryFile() as file:
                 path = f"/proc/{os.getpid()}/fd/{file.fileno()}" if memfd else file.name
-                self._describe(path, self._start(env_fns, infos, path))
+                described = self._command("constructor", range(self.num_envs), self.num_envs, path, infos)
+                self._describe(path, [one.fn for one in described])
         except BaseException:
             self.close()
             raise
@@ -613,34 +604,27 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
             due = f"{self._expected}() is due; then recv and send take turns"
             raise APIUsageError(f"{call}() out of order: {'the vectorizer is closed' if self.closed else due}")
 
-    def _command(self, name: str, per_env: list, shared: Any) -> list:
-        """Have all workers reset their environments or call something, once they are free; returns calls' results."""
+    def _command(self, name: str, per_env: Sequence, *shared: Any) -> list:
+        """Once all workers are free, have each do something with its environments; returns the results of all."""
         self._check(name)
         self._wait()
-        if name == "reset":  # drops the results of steps that were under way
-            self._ready.clear()
+        if name == "reset":
+            self._ready.clear()  # drops the results of steps that were under way
             self._finished = [0] * len(self._finished)
         for worker in range(self.num_workers):
-            self._request(worker, name, per_env[worker * self._per_worker :][: self._per_worker], shared)
-        if name == "reset":
-            return []
-        self._wait()
+            self._request(worker, name, per_env[worker * self._per_worker :][: self._per_worker], *shared)
+        if name != "reset":
+            self._wait()
         return [result for own in self._replies for result in own]
 
     def _finish(self, worker: int, request: str, reply: Any) -> None:
-        if request not in ("step", "reset"):
+        if request in ("step", "reset"):
+            self._said[worker], group = reply, worker // self._group_size
+            self._finished[group] += 1
+            if self._finished[group] % self._group_size == 0:
+                self._ready.append(group)  # first come, first served, so no group starves
+        else:
             self._replies[worker] = reply
-            return
-        self._said[worker], group = reply, worker // self._group_size
-        self._finished[group] += 1
-        if self._finished[group] == self._group_size:
-            self._finished[group] = 0
-            self._ready.append(group)  # first come, first served, so no group starves
-
-    def _start(self, env_fns: Sequence[Callable], infos: str, path: str) -> list[tuple]:
-        self._shard = _Shard(progress=[0])
-        self.envs, self._stop = self._shard.envs, self._shard.close
-        return self._shard.constructor(env_fns, 0, self.num_envs, path, infos).fn
 
     def _request(self, worker: int, name: str, *arguments: Any) -> None:
         self._finish(worker, name, getattr(self._shard, name)(*arguments))
@@ -652,10 +636,9 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
 class _Line:
     """What a worker and its parent share: a flag in a cache line of its own, a pipe, and a bell (a semaphore) for each.
 
-    Publish order: first the rows, then the flag, then the bell. The other side spins on the flag, takes the ring that
-    belongs to it, and only then reads the rows. x86 shows a core's stores to all others in order, so the flag would do;
-    a weakly ordered CPU (ARM, POWER) needs a store-release and a load-acquire, which the semaphore is. And as every
-    publish rings once and every ring is taken, a side that stops spinning may sleep on its bell: no ring gets lost.
+    First the rows are written, then the flag, then the bell is rung; the other side sees the flag, takes the ring, and
+    only then reads the rows. On x86 the flag would do, but a weakly ordered CPU (ARM, POWER) needs a store-release and
+    a load-acquire, which the semaphore is. As no ring gets lost, a side that stops spinning may sleep on its bell.
     """
 
     def __init__(self, control: Any, index: int, connection: Any, worker_bell: Any, parent_bell: Any):
@@ -671,34 +654,23 @@ class _Line:
             with contextlib.suppress(OSError):  # the other side is dead or closed, which each notices elsewhere
                 self.connection.send_bytes(message)
 
-    def next_request(self) -> tuple[str | None, tuple]:
-        """As a worker, wait until the parent asks for something; (None, ()) when it closes: a ring without a flag."""
+    def next_request(self) -> tuple[str, tuple] | None:
+        """As a worker, wait until the parent asks for something; None when it closes: a ring without a flag."""
         deadline = time.perf_counter() + SPIN_SECONDS
         while self.flag[0] not in REQUESTS and time.perf_counter() < deadline:
             _yield()
         self.worker_bell.acquire()
-        return self.connection.recv() if self.flag[0] == COMMAND else ("step" if self.flag[0] == STEP else None, ())
+        return self.connection.recv() if self.flag[0] == COMMAND else ("step", ()) if self.flag[0] == STEP else None
 
 
-_yield = getattr(os, "sched_yield", lambda: time.sleep(0))  # 0.6 us; on Linux, sleep(0) would take 50 to 90 us
-
-
-def _worker(is_main: bool, inherited: list, line_arguments: tuple, env_fns: Any, *rest: Any) -> None:
+def _worker(is_main: bool, env_fns: CloudpickleWrapper, *line_arguments: Any) -> None:
     """Serve the parent's requests until it closes or is gone."""
-
-    def die_with_parent() -> None:
-        while parent.is_alive() and os.getppid() == pid:
-            time.sleep(0.5)
-        os._exit(1)  # even while an environment hangs
-
-    parent, pid = multiprocessing.parent_process(), os.getppid()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # even if an environment hangs
     if is_main and hasattr(ctypes.CDLL(None), "prctl"):  # that thread never runs while C code holds the GIL
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the thread that started this worker ends
-    for end in inherited:  # a fork has the parent's ends of the pipes too, which would keep them open
-        end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=die_with_parent, daemon=True).start()
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
     limits = {"torch": "set_num_threads", "cv2": "setNumThreads", "threadpoolctl": "threadpool_limits"}
     for library in limits if "torch" in sys.modules else ("cv2", "threadpoolctl"):
@@ -706,9 +678,8 @@ def _worker(is_main: bool, inherited: list, line_arguments: tuple, env_fns: Any,
             getattr(__import__(library), limits[library])(1)  # every worker has one core, not all of them
     random.seed(), np.random.seed()  # a fork starts with its parent's random state
     line = _Line(*line_arguments)
-    shard, name, arguments = _Shard(line.progress), "constructor", (env_fns.fn, *rest)
-    with contextlib.suppress(EOFError), contextlib.closing(shard):  # an error: the parent closed its end
-        while name:
+    with contextlib.suppress(EOFError), contextlib.closing(_Shard(env_fns.fn, line.progress)) as shard:
+        for name, arguments in iter(line.next_request, None):  # an EOFError: the parent is gone
             try:
                 if name == "reset" and arguments[0][0] is not None:  # for environments that use the global generators
                     random.seed(arguments[0][0]), np.random.seed(arguments[0][0] % 2**32)
@@ -717,13 +688,10 @@ def _worker(is_main: bool, inherited: list, line_arguments: tuple, env_fns: Any,
             except BaseException:  # SystemExit too: whatever an environment raises is the parent's to report
                 message = pickle.dumps((traceback.format_exc(), None))
             line.publish(MESSAGE if message else DONE, line.parent_bell, message)
-            name, arguments = line.next_request()
 
 
-def _shut_down(pid: int, lines: list[_Line], seconds: float = CLOSE_SECONDS) -> None:
+def _shut_down(lines: list[_Line], seconds: float = CLOSE_SECONDS) -> None:
     """Ask the workers to close and wait; terminate those that do not, then kill."""
-    if os.getpid() != pid:
-        return  # this is a fork that inherited the vectorizer
     for line in lines:
         line.worker_bell.release()
         line.connection.close()
@@ -749,33 +717,26 @@ class Multiprocessing(Serial):
             environments; if False, copies from whichever workers are ready first.
         context: start method of multiprocessing (fork, forkserver, spawn); by default Python's own default.
         infos: "final" for the infos of episodes' last steps only, "all" for every step's, as gymnasium has it.
-        daemon: as in gymnasium; False lets environments start processes of their own.
     """
 
     def __init__(self, env_fns: Sequence[Callable], num_workers: int | None = None, batch_size: int | None = None,
-                 zero_copy: bool = True, context: str | None = None, infos: str = "final", daemon: bool = True):
-        self._context, self._daemon, self._lines = multiprocessing.get_context(context), daemon, []
-        self._stop, self._looked = weakref.finalize(self, _shut_down, os.getpid(), self._lines), time.perf_counter()
-        self._open(env_fns, num_workers, batch_size, zero_copy, infos)
-
-    def _start(self, env_fns: Sequence[Callable], infos: str, path: str) -> list[tuple]:
-        context, control = self._context, self._context.RawArray("B", CACHE_LINE * self.num_workers)
-        is_main, self._bell = threading.current_thread() is threading.main_thread(), context.Semaphore(0)
-        for worker, first_env in enumerate(range(0, self.num_envs, self._per_worker)):
+                 zero_copy: bool = True, context: str | None = None, infos: str = "final"):
+        self._lines, self._looked = [], time.perf_counter()
+        self._stop = multiprocessing.util.Finalize(self, _shut_down, [self._lines], exitpriority=1)  # not in forks
+        self._divide(env_fns, num_workers, batch_size, zero_copy, infos)
+        context, is_main = multiprocessing.get_context(context), threading.current_thread() is threading.main_thread()
+        control, self._bell = context.RawArray("B", CACHE_LINE * self.num_workers), context.Semaphore(0)
+        for worker in range(self.num_workers):
             connection, child = context.Pipe()
+            multiprocessing.util.register_after_fork(connection, type(connection).close)  # or forks would keep it open
             line = _Line(control, worker, connection, context.Semaphore(0), self._bell)
-            line.flag[0] = COMMAND  # to construct its environments
+            own_fns = CloudpickleWrapper(env_fns[worker * self._per_worker :][: self._per_worker])
+            arguments = (is_main, own_fns, control, worker, child, line.worker_bell, self._bell)
+            line.process = context.Process(target=_worker, args=arguments)  # no daemon, so it may start processes
             self._lines.append(line)
-            inherited = [line.connection for line in self._lines] if context.get_start_method() == "fork" else []
-            own_fns = CloudpickleWrapper(env_fns[first_env : first_env + self._per_worker])
-            arguments = (is_main, inherited, (control, worker, child, line.worker_bell, self._bell), own_fns)
-            arguments += (first_env, self.num_envs, path, infos)
-            line.process = context.Process(target=_worker, args=arguments, daemon=self._daemon)
             line.process.start()
             child.close()
-        self._busy = list(self._lines)
-        self._wait()
-        return [described for reply in self._replies for described in reply.fn]
+        self._construct(infos)
 
     def _request(self, worker: int, name: str, *arguments: Any) -> None:
         message, line = b"" if name == "step" else pickle.dumps((name, arguments)), self._lines[worker]
@@ -786,9 +747,12 @@ class Multiprocessing(Serial):
     def _wait(self, needed: int = sys.maxsize, timeout: float | None = None) -> None:
         """Collect replies until so many groups are ready, or no worker is busy: yield for SPIN_SECONDS, then block."""
         now = start = spin_start = time.perf_counter()
-        if now - self._looked > BLOCK_SECONDS:
-            self._look()  # one may have died that nobody waits for
         while True:
+            if now - self._looked > BLOCK_SECONDS:
+                self._looked = now
+                for line in self._lines:  # also those that nobody waits for
+                    if not line.process.is_alive() and line.flag[0] != MESSAGE:  # which would say more
+                        self._fail(line)
             for line in [line for line in self._busy if line.flag[0] not in REQUESTS]:
                 self._bell.acquire(True, BLOCK_SECONDS)  # its ring; if Ctrl-C swallowed that, not for ever
                 self._busy.remove(line)
@@ -804,8 +768,6 @@ class Multiprocessing(Serial):
                 _yield()
             elif self._bell.acquire(True, min(left, BLOCK_SECONDS)):
                 self._bell.release()  # for when the one that rang is collected
-            else:
-                self._look()
 
     def _collect(self, line: _Line) -> None:
         try:
@@ -816,24 +778,16 @@ class Multiprocessing(Serial):
             self._fail(line, failure)
         self._finish(line.index, line.request, reply)
 
-    def _look(self) -> None:
-        """Raise a WorkerError if any worker is dead, and has left no message that says why."""
-        self._looked = time.perf_counter()
-        for line in self._lines:
-            if not line.process.is_alive() and line.flag[0] != MESSAGE:
-                self._fail(line)
-
     def _fail(self, line: _Line, cause: str | None = None) -> None:
         """Raise a WorkerError; without a `cause`, because the process is dead."""
         if died := cause is None:
             line.process.join(1.0)
-            code, hint = line.process.exitcode or 0, ""
-            cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+            code = line.process.exitcode or 0
+            cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"the process exited with code {code}"
             if line.request == "constructor" and code == 1:
-                hint = "; under spawn and forkserver, a script needs `if __name__ == '__main__':` around what it runs"
-            cause = f"the process {cause}{hint}"
+                cause += "; under spawn and forkserver, a script needs `if __name__ == '__main__':` around what it runs"
         if died or line.request != "call":  # close fast: whoever gets the error should not have to wait for it
-            _shut_down(*self._stop.detach()[2], seconds=0.3)
+            _shut_down(self._lines, seconds=0.3)
             self.closed = True
         else:
             with contextlib.suppress(WorkerError):

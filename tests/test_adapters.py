@@ -143,6 +143,12 @@ def test_agents_with_different_spaces_are_refused_by_name():
         PettingZooPufferEnv(Unequal())
 
 
+def test_what_is_no_parallel_env_is_refused():
+    for env in ({}, Counter()):
+        with pytest.raises(TypeError, match=f"ParallelEnv.*got {type(env).__name__}"):
+            PettingZooPufferEnv(env)
+
+
 def test_a_real_pettingzoo_env_has_the_same_trajectory_behind_the_adapter():
     simple_spread = pytest.importorskip("mpe2.simple_spread_v3")
     plain = simple_spread.parallel_env(max_cycles=6)

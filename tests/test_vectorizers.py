@@ -840,6 +840,18 @@ def test_serial_closes_what_it_has_when_a_constructor_fails(tmp_path):
     assert Path(path).read_text().splitlines() == ["constructed 0", "closed 0"]
 
 
+def test_envs_may_start_processes_of_their_own():
+    class Starter(Counter):
+        def start(self):
+            process = multiprocessing.get_context("fork").Process(target=os.getpid)
+            process.start()
+            process.join()
+            return process.exitcode
+
+    with Multiprocessing([Starter] * 2, num_workers=2, context="fork") as envs:
+        assert envs.call("start") == (0, 0)
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs CPU affinity")
 def test_the_default_number_of_workers_respects_affinity():
     code = """
