@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ import psutil
 import torch
 import tyro
 from gymnasium import spaces
-from rich import console, live, panel, progress, table
+from rich import columns, console, live, panel, progress, table
 from torch import distributed, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -43,7 +43,7 @@ class Args:
     mode: Literal["train", "eval", "sweep", "autotune"] = "train"  # train, play, search hyperparameters, measure speed
     env_id: str = "BreakoutNoFrameskip-v4"  # a Gymnasium id, pettingzoo:MODULE, or MODULE:FUNCTION that returns one
     seed: int = 1  # seed of the network, of the actions and (plus its index) of every environment
-    total_timesteps: int | None = None  # agent steps of the whole run, over all environments and ranks
+    total_timesteps: int = 10_000_000  # agent steps of the whole run, over all environments and ranks
     target_return: float = float("inf")  # stop as soon as the last 100 episodes have this mean return
     exp_name: str = "demo"  # a part of the run's name
     resume: str | None = None  # checkpoint to go on with, or to play; its arguments hold where no flag is given
@@ -53,8 +53,8 @@ class Args:
     num_workers: int = 0  # processes that share them, 0 for what the cores allow
     env_batch_size: int = 0  # environments that are waited for at a time, the first that are ready; 0 for all
     zero_copy: bool = True  # take neighbors' rows as they lie in shared memory; otherwise anyone's, copied
-    num_steps: int | None = None  # steps of each agent that an update learns from
-    num_minibatches: int | None = None  # parts that they are split into
+    num_steps: int = 128  # steps of each agent that an update learns from
+    num_minibatches: int = 4  # parts that they are split into
     update_epochs: int | None = None  # times that each is used
     learning_rate: float | None = None  # step size of Adam, at the start
     anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end
@@ -80,12 +80,16 @@ class Args:
     wandb_project_name: str = "puffer-core"  # project at Weights & Biases
     wandb_entity: str | None = None  # team at Weights & Biases; your own account by default
 
+    def expect(self, name: str, is_right: Any, expected: str) -> None:
+        """End with one line if an argument is wrong."""
+        if not is_right:
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {expected}")
+
 
 # What holds where no flag is given, by the kind of environment; for images it is what puffer_ppo_atari.py has.
 COMMON = {
-    **{"total_timesteps": 10_000_000, "num_envs": 8, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4},
-    **{"learning_rate": 1e-3, "gamma": 0.99, "gae_lambda": 0.95, "clip_coef": 0.2, "clip_vloss": False},
-    **{"ent_coef": 0.01, "reward_scale": 0.1, "hidden_size": 128},
+    **{"num_envs": 8, "update_epochs": 4, "learning_rate": 1e-3, "gamma": 0.99, "gae_lambda": 0.95, "clip_coef": 0.2},
+    **{"clip_vloss": False, "ent_coef": 0.01, "reward_scale": 0.1, "hidden_size": 128},
 }
 PRESETS = {
     "images": {"hidden_size": 512, "learning_rate": 2.5e-4, "clip_coef": 0.1, "clip_vloss": True, "reward_scale": 1.0},
@@ -104,22 +108,17 @@ def prepare(args: Args) -> list[str]:
         raise SystemExit(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
     chosen = {name: value for name, value in (COMMON | PRESETS[kind]).items() if getattr(args, name) is None}
     vars(args).update(chosen)
-    envs, batch, per_worker = args.num_envs, args.env_batch_size, args.num_envs // max(args.num_workers, 1)
-    least, is_sync = envs * args.num_steps * WORLD_SIZE, batch in (0, envs)
     counts = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_size", "bptt_horizon")
-    for name, is_right, expected in (
-        *[(name, getattr(args, name) > 0, "at least 1") for name in (*counts, "eval_episodes", "sweep_trials")],
-        ("num_workers", args.num_workers >= 0 and envs % (args.num_workers or 1) == 0, "to divide --num-envs"),
-        ("env_batch_size", is_sync or (args.num_workers and args.vec != "serial"), "--num-workers beside it"),
-        ("env_batch_size", is_sync or batch % per_worker == 0, f"a multiple of a worker's {per_worker} environments"),
-        ("env_batch_size", is_sync or batch < envs, f"at most --num-envs {envs}"),
-        ("env_batch_size", is_sync or not args.zero_copy or envs % batch == 0, "to divide --num-envs"),
-        ("bptt_horizon", not args.use_lstm or args.num_steps % args.bptt_horizon == 0, "to divide --num-steps"),
-        ("total_timesteps", args.total_timesteps >= least, f"at least one update, {least}"),
-        ("mode", args.mode != "eval" or args.resume, "--resume CHECKPOINT beside it"),
-    ):
-        if not is_right:
-            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}")
+    for name in (*counts, "eval_episodes", "sweep_trials"):
+        args.expect(name, getattr(args, name) > 0, "at least 1")
+    steps, length = args.num_envs * envs.num_agents * args.num_steps, args.bptt_horizon if args.use_lstm else 1
+    least, most = steps * WORLD_SIZE, steps // length
+    args.expect("bptt_horizon", args.num_steps % length == 0, "to divide --num-steps")
+    args.expect("num_minibatches", args.num_minibatches <= most, f"at most {most}, what an update has to split")
+    args.expect("total_timesteps", args.total_timesteps >= least, f"at least one update, {least}")
+    args.expect("env_batch_size", args.vec != "serial" or not args.env_batch_size, "--vec multiprocessing beside it")
+    args.expect("mode", args.mode != "eval" or args.resume, "--resume CHECKPOINT beside it")
+    args.expect("mode", args.mode == "train" or WORLD_SIZE == 1, "one process, torchrun has more")
     if not args.quiet and RANK == 0:
         print(f"{args.env_id} ({kind}):", " ".join(f"{name}={value}" for name, value in chosen.items()))
     return list(chosen)
@@ -159,9 +158,9 @@ def make_env(env_id: str, render: bool = False) -> Any:
     else:
         if is_atari := family == "ALE" or "NoFrameskip" in env_id:
             from atari_wrappers import AtariWrapper  # which makes the games known to gymnasium too
-        settings = {"frameskip": 1} if family == "ALE" else {}
-        modes = gym.make(env_id, **settings).metadata.get("render_modes", ()) if render else ()
-        env = gym.make(env_id, render_mode="rgb_array" if "rgb_array" in modes else None, **settings)
+        make = partial(gym.make, env_id, **({"frameskip": 1} if family == "ALE" else {}))
+        can_draw = render and "rgb_array" in make().metadata.get("render_modes", ())
+        env = make(render_mode="rgb_array" if can_draw else None)
         if is_atari:
             return AtariWrapper(env)  # which counts whole games, not lives
     return puffer_core.EpisodeStats(env) if isinstance(env, gym.Env) else env
@@ -176,13 +175,13 @@ def kind_of(space: spaces.Space, action_space: spaces.Space | None = None) -> st
     return "continuous" if isinstance(action_space, spaces.Box) else "discrete"
 
 
-def leaves_of(space: spaces.Space, value: Any = None) -> Iterator[tuple[spaces.Space, Any]]:
-    """Walk over the leaves of a space and, beside them, those of an observation; NetHack's Dict is one."""
-    if not isinstance(space, (spaces.Dict, spaces.Tuple)) or kind_of(space) == "nethack":
-        yield space, value
-        return
-    for key in space if isinstance(space, spaces.Dict) else range(len(space)):
-        yield from leaves_of(space[key], None if value is None else value[key])
+def leaves_of(nested: Any) -> list:
+    """Return the leaves of a nested space or, in the same order, of its observations; NetHack's Dict is one."""
+    if isinstance(nested, Mapping) and not set(NETHACK_KEYS) <= set(nested):
+        nested = tuple(nested.values())
+    if isinstance(nested, (tuple, spaces.Tuple)):
+        return [leaf for part in nested for leaf in leaves_of(part)]
+    return [nested]
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
@@ -238,8 +237,8 @@ class Policy(nn.Module):
     def __init__(self, layout: puffer_core.Layout, action_space: spaces.Space, args: Args):
         super().__init__()
         self.layout, self.action_space, width, flat = layout, action_space, args.hidden_size, layout.flat_space
-        kinds = [(NetHackNet if kind_of(leaf) == "nethack" else Leaf, leaf) for leaf, _ in leaves_of(layout.space)]
-        self.readers = nn.ModuleList([kind(leaf, width) for kind, leaf in kinds])
+        readers = [(NetHackNet if kind_of(leaf) == "nethack" else Leaf, leaf) for leaf in leaves_of(layout.space)]
+        self.readers = nn.ModuleList([reader(leaf, width) for reader, leaf in readers])
         is_deep = kind_of(layout.space) in ("images", "nethack")
         self.rest = nn.ReLU() if is_deep else nn.Sequential(nn.Tanh(), nn.Linear(width, width), nn.Tanh())
         self.memory = nn.LSTMCell(width, width) if args.use_lstm else None
@@ -269,7 +268,7 @@ class Policy(nn.Module):
         """
         rows, num_steps = x.flatten(0, 1), x.shape[1]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_bf16):
-            leaves = [leaf for _, leaf in leaves_of(self.layout.space, self.layout.unflatten(rows))]
+            leaves = leaves_of(self.layout.unflatten(rows))
             summed = sum(read(leaf) for read, leaf in zip(self.readers, leaves))  # as one layer over all of them would
             hidden, outputs = self.rest(summed).unflatten(0, (-1, num_steps)), []
             for step in range(num_steps) if self.memory else ():
@@ -312,24 +311,27 @@ class Experience:
     def __init__(self, num_rows: int, args: Args, policy: Policy, device: torch.device, is_async: bool):
         self.num_steps, self.num_slots = args.num_steps, args.num_steps * (1 + is_async)
         self.horizon, width = (args.bptt_horizon, 2 * args.hidden_size) if args.use_lstm else (1, 0)
-        count, flat = num_rows * self.num_slots, policy.layout.flat_space
-        zeros = partial(torch.zeros, device=device)  # on the device: [row * slots + slot]
+        count, flat = num_rows * self.num_slots, policy.layout.flat_space  # of transitions, at row * num_slots + slot
+        zeros = partial(torch.zeros, device=device)
         parts, dtype = (policy.sizes[0], torch.float32) if policy.is_continuous else (len(policy.sizes), torch.int64)
         self.observations = zeros(count, *flat.shape, dtype=getattr(torch, flat.dtype.name))
         self.actions, self.states = zeros(count, parts, dtype=dtype), zeros(count, width)
         self.logprobs, self.values, self.next_values, self.advantages, self.returns = zeros(5, count)
         self.starts, self.trainable = zeros(2, count, dtype=torch.bool)
-        self.rewards = np.zeros((num_rows, self.num_slots), np.float32)  # here: [row, slot]
-        self.valid, self.terminated, self.ended = np.zeros((3, num_rows, self.num_slots), bool)
+        self.rewards = np.zeros(count, np.float32)
+        self.valid, self.terminated, self.ended = np.zeros((3, count), bool)
         self.begun, self.complete, self.consumed = np.zeros((3, num_rows), np.int64)  # transitions since the start
+
+    def place(self, rows: np.ndarray, back: int = 0) -> np.ndarray:
+        """Return where the rows' next transitions go or, one `back`, where their last ones are."""
+        return rows * self.num_slots + (self.begun[rows] - back) % self.num_slots
 
     def finish(self, batch: puffer_core.Batch) -> None:
         """Complete the rows' last transitions with what came of them; those of a reset land where nobody looks."""
-        rows = batch.agent_ids
-        where = rows, (self.begun[rows] - 1) % self.num_slots
-        self.rewards[where], self.terminated[where] = batch.rewards, batch.terminations
-        self.ended[where] = batch.terminations | batch.truncations
-        self.valid[where] &= batch.masks  # where an agent is gone without an end, nobody knows what its action led to
+        rows, last = batch.agent_ids, self.place(batch.agent_ids, back=1)
+        self.rewards[last], self.terminated[last] = batch.rewards, batch.terminations
+        self.ended[last] = batch.terminations | batch.truncations
+        self.valid[last] &= batch.masks  # where an agent is gone without an end, nobody knows what its action led to
         self.complete[rows] = self.begun[rows]
 
     def is_due(self, rows: np.ndarray) -> bool:
@@ -382,9 +384,15 @@ class Trainer:
         env_fns = [partial(make_env, args.env_id, render=args.mode == "eval")] * args.num_envs
         pool = {"num_workers": args.num_workers or None, "batch_size": args.env_batch_size or None}
         make = puffer_core.Serial if args.vec == "serial" else partial(puffer_core.Multiprocessing, **pool)
-        self.envs = envs = make(env_fns, zero_copy=args.zero_copy)
+        try:
+            self.envs = envs = make(env_fns, zero_copy=args.zero_copy)
+        except ValueError as error:
+            flags = f"--num-workers {args.num_workers} --env-batch-size {args.env_batch_size}"
+            raise SystemExit(f"{flags}: {error}") from None
         self.made_for = f"{envs.layout.space}, {envs.single_action_space}, {args.hidden_size=}, {args.use_lstm=}"
-        self.num_iterations = args.total_timesteps // (envs.num_agents * args.num_steps * WORLD_SIZE)
+        self.is_team = not envs.get_attr("masks")[0].all()  # agents of a team are absent before the first reset
+        self.steps_per_update = envs.num_agents * args.num_steps * WORLD_SIZE
+        self.num_iterations = args.total_timesteps // self.steps_per_update
         self.policy = Policy(envs.layout, envs.single_action_space, args).to(self.device)
         self.model = torch.compile(self.policy, mode="reduce-overhead") if args.compile else self.policy
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.learning_rate, eps=1e-5)
@@ -418,7 +426,6 @@ class Trainer:
         """Step environments until an update is due; returns False if asked to stop before."""
         while not (is_due := self.experience.is_due(self.rows)) and not (self.stopping and WORLD_SIZE == 1):
             self.act()
-            self.receive()
         return is_due
 
     @torch.no_grad()
@@ -427,13 +434,13 @@ class Trainer:
         with self.clock("env wait"):
             batch = self.envs.recv()
         with self.clock("copies"):
-            experience, rows = self.experience, batch.agent_ids.copy()
+            experience, self.rows = self.experience, batch.agent_ids.copy()
             experience.finish(batch)
-            ended, was_alive = batch.terminations | batch.truncations, self.alive[rows]
+            ended, was_alive = batch.terminations | batch.truncations, self.alive[self.rows]
             goes_on = ~ended | batch.infos.get("_final_obs", np.zeros_like(ended))
-            self.rows, self.alive[rows] = rows, batch.masks & goes_on
-            slots = np.stack([experience.begun[rows], experience.begun[rows] - 1]) % experience.num_slots
-            ids = np.stack([rows, *(rows * experience.num_slots + slots), ended | ~was_alive])
+            self.alive[self.rows] = batch.masks & goes_on
+            places = experience.place(self.rows), experience.place(self.rows, back=1)
+            ids = np.stack([self.rows, *places, ended | ~was_alive])
             # One copy moves all of it, from pinned memory on CUDA
             parts = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in (ids, batch.observations)]
             packed = torch.from_numpy(np.concatenate(parts))
@@ -453,14 +460,16 @@ class Trainer:
     def count_episodes(self, batch: puffer_core.Batch) -> None:
         """Keep statistics of episodes that have ended: of whole games from infos, of a team's agents from rewards."""
         self.team_sums[:, self.rows] += batch.rewards, batch.masks
-        is_team, infos = self.envs.num_agents > self.envs.num_envs, batch.infos.get("final_info", {})
-        for at in np.flatnonzero(batch.terminations | batch.truncations if is_team else infos.get("_episode", False)):
-            sums = dict(zip("rl", self.team_sums[:, self.rows[at]].tolist()))
-            numbers = {} if is_team else {key: values[at] for key, values in infos["episode"].items() if key[0] != "_"}
-            self.episode = {key: float(value) for key, value in (sums | numbers).items() if key != "t"}
-            self.returns.append(self.episode.pop("r"))
+        infos = batch.infos.get("final_info", {})
+        ended = batch.terminations | batch.truncations if self.is_team else infos.get("_episode", False)
+        for at in np.flatnonzero(ended):
+            row, episode = self.rows[at], infos.get("episode", {})
+            numbers = {key: values[at] for key, values in episode.items() if key[0] != "_" and key != "t"}
+            numbers = dict(zip("rl", self.team_sums[:, row])) if self.is_team else numbers
+            self.episode = {key: float(value) for key, value in numbers.items()}
+            self.returns.append(self.episode["r"])
             self.num_episodes += 1
-            self.team_sums[:, self.rows[at]] = 0
+            self.team_sums[:, row] = 0
 
     @torch.no_grad()
     def think(self) -> tuple[torch.Tensor, ...]:
@@ -472,7 +481,7 @@ class Trainer:
         return actions[:, 0], logprobs[:, 0], values[:, 0], state
 
     def act(self) -> None:
-        """Choose actions for the batch, remember both, and send its environments to work."""
+        """Choose actions for the batch, remember both, send its environments to work, and take the next batch."""
         experience, index = self.experience, self.index
         with self.clock("inference"):
             actions, logprobs, values, state = self.think()
@@ -480,17 +489,18 @@ class Trainer:
             experience.actions[index], experience.logprobs[index], experience.values[index] = actions, logprobs, values
             experience.states[index], self.state[self.row_ids] = self.state[self.row_ids], state
             actions = self.policy.for_envs(actions)
-        experience.valid[self.rows, experience.begun[self.rows] % experience.num_slots] = self.alive[self.rows]
+        experience.valid[experience.place(self.rows)] = self.alive[self.rows]
         experience.begun[self.rows] += 1
         self.envs.send(actions)
+        self.receive()
 
     def prepare(self) -> torch.Tensor:
         """Take the complete segments and work out their advantages and returns; returns where they lie."""
         experience, where = self.experience, self.experience.take()
         self.think()  # for the value of the batch that has just come, and is acted on after the update
-        rewards, *flags = experience.rewards, experience.terminated, experience.ended, experience.valid
-        fields = [where, *[field.reshape(-1)[where] for field in (rewards * self.args.reward_scale, *flags)]]
-        index, rewards, *flags = [torch.as_tensor(field, device=self.device) for field in fields]
+        fields = experience.rewards * self.args.reward_scale, experience.terminated, experience.ended, experience.valid
+        parts = where, *[field[where] for field in fields]
+        index, rewards, *flags = [torch.as_tensor(part, device=self.device) for part in parts]
         values, next_values = experience.values[index], experience.next_values[index]
         advantages = estimate_advantages(rewards, values, next_values, *flags, self.args.gamma, self.args.gae_lambda)
         experience.advantages[index], experience.returns[index] = advantages, advantages + values
@@ -555,13 +565,16 @@ class Trainer:
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
+COUNTS = ("iteration", "global_step", "num_episodes")
+
+
 def save(trainer: Trainer, path: Path) -> None:
     """Write a checkpoint beside the last one and put it in its place: a kill at any time leaves one of the two."""
     name, numbers, *rest = np.random.get_state()
     rng = {"numpy": [name, numbers.tolist(), *rest], "python": random.getstate(), "torch": torch.get_rng_state()}
-    contents = {name: getattr(trainer, name) for name in ("iteration", "global_step", "num_episodes", "made_for")}
-    contents |= {"args": vars(trainer.args), "rng": rng, "returns": list(trainer.returns)}
-    contents |= {name: getattr(trainer, name).state_dict() for name in ("policy", "optimizer")}
+    contents = {name: getattr(trainer, name) for name in (*COUNTS, "made_for")}
+    contents |= {"args": vars(trainer.args), "returns": list(trainer.returns), "rng": rng}
+    contents |= {"policy": trainer.policy.state_dict(), "optimizer": trainer.optimizer.state_dict()}
     with open(path.with_suffix(".part"), "wb") as file:
         torch.save(contents, file)
         file.flush()
@@ -581,18 +594,16 @@ def load(path: str) -> dict[str, Any]:
 
 def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
     """Go on from a checkpoint; ends with one line if it is of another environment or network."""
-    if trainer.made_for != contents["made_for"]:
-        wanted = f"expected a checkpoint for {trainer.made_for}, this one is for {contents['made_for']}"
-        raise SystemExit(f"--resume {trainer.args.resume}: {wanted}")
-    for name in ("policy", "optimizer"):
-        getattr(trainer, name).load_state_dict(contents[name])
-    for name in ("iteration", "global_step", "num_episodes"):
-        setattr(trainer, name, contents[name])
+    wanted = f"a checkpoint for {trainer.made_for}, this one is for {contents['made_for']}"
+    trainer.args.expect("resume", trainer.made_for == contents["made_for"], wanted)
+    trainer.policy.load_state_dict(contents["policy"])
+    trainer.optimizer.load_state_dict(contents["optimizer"])
+    vars(trainer).update({name: contents[name] for name in COUNTS})
     trainer.returns.extend(contents["returns"])
     np.random.set_state(contents["rng"]["numpy"])
     random.setstate(contents["rng"]["python"])
     torch.set_rng_state(contents["rng"]["torch"])
-    if WORLD_SIZE > 1:  # what was saved is rank 0's
+    if WORLD_SIZE > 1 or trainer.device.type == "cuda":  # what was saved is rank 0's, of the CPU
         torch.manual_seed(trainer.args.seed + RANK + trainer.global_step)
 
 
@@ -600,70 +611,65 @@ def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
 def sparkline(values: list[float], width: int = 12) -> str:
     """Draw the last numbers as a line of blocks."""
     means = np.array([part.mean() for part in np.array_split(np.array(values[-200:]), width) if len(part)])
-    heights = (means - means.min()) / (np.ptp(means) or 1.0) * 7 if len(means) else []
+    heights = (means - means.min()) / (np.ptp(means) or 1.0) * 7
     return "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
+
+
+def short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 class Dashboard:
     """Logs a run, and shows it: live on a terminal, otherwise as a line every few seconds; nothing if `quiet`."""
 
     def __init__(self, trainer: Trainer, folder: Path):
-        self.trainer, self.args, self.speeds, self.trend = trainer, trainer.args, [], []
+        self.trainer, self.args, self.history = trainer, trainer.args, defaultdict(list)
         self.start = self.last = time.perf_counter()
         self.last_step, self.printed = trainer.global_step, -np.inf
-        steps, self.left = "[bold]{task.completed:,}[/] of {task.total:,} steps,", progress.TimeRemainingColumn()
-        bar = ("[bold cyan]{task.percentage:.0f}%", progress.BarColumn(None), steps, self.left, "left")
-        self.progress = progress.Progress(*bar, expand=True)
-        total = trainer.num_iterations * trainer.envs.num_agents * self.args.num_steps * WORLD_SIZE
-        self.progress.add_task("", total=total, completed=trainer.global_step)
+        steps, bar = "[bold]{task.completed:,}[/] of {task.total:,} steps", progress.Progress.get_default_columns()
+        self.progress = progress.Progress(steps, *bar, "left", expand=True)
+        self.task = self.progress.add_task("", total=trainer.num_iterations * trainer.steps_per_update)
         self.is_live = sys.stdout.isatty() and not self.args.quiet
         if self.args.track:
             import wandb
 
             names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": folder.name}
-            wandb.init(**names, config=vars(self.args), sync_tensorboard=True)
+            wandb.init(**names, config=vars(self.args), sync_tensorboard=True, reinit="finish_previous")
         self.writer, lines = SummaryWriter(folder), [f"|{name}|{value}|" for name, value in vars(self.args).items()]
         self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *lines]))
 
     def log(self, is_last: bool) -> None:
         trainer, now = self.trainer, time.perf_counter()
-        self.speeds.append((trainer.global_step - self.last_step) / (now - self.last))
-        self.last, self.last_step = now, trainer.global_step
-        self.progress.update(self.progress.task_ids[0], completed=trainer.global_step)
-        charts = {"learning_rate": trainer.optimizer.param_groups[0]["lr"], "SPS": self.speeds[-1]}
+        charts = {"SPS": round((trainer.global_step - self.last_step) / (now - self.last))}
+        charts |= {"learning_rate": trainer.optimizer.param_groups[0]["lr"], "episodes": trainer.num_episodes}
         if trainer.returns:
-            self.trend.append(float(np.mean(trainer.returns)))
-            charts |= {"episodic_return": self.trend[-1], "episodic_length": trainer.episode.get("l", 0)}
-        for group, numbers in {"charts": charts, "losses": trainer.losses}.items():
+            charts |= {"episodic_return": np.mean(trainer.returns), "best_return": max(trainer.returns)}
+            charts |= {"episodic_length": trainer.episode.get("l", 0)}
+        self.last, self.last_step = now, trainer.global_step
+        shares = {name: 100 * seconds / (now - self.start) for name, seconds in trainer.seconds.items()}
+        system = {"CPU %": psutil.cpu_percent(), "memory GiB": psutil.virtual_memory().used / 2**30}
+        if trainer.device.type == "cuda":
+            system |= {"GPU %": torch.cuda.utilization(), "GPU GiB": torch.cuda.max_memory_allocated() / 2**30}
+        groups = {"charts": charts, "losses": trainer.losses, "time %": shares, "system": system}
+        for group, numbers in groups.items():
             for name, value in numbers.items():
+                self.history[group, name].append(value)
                 self.writer.add_scalar(f"{group}/{name}", value, trainer.global_step)
+        self.progress.update(self.task, completed=trainer.global_step)
         if not (self.is_live or self.args.quiet) and (is_last or now - self.printed > 2):
-            self.printed, mean = now, f"{self.trend[-1]:.4g}" if self.trend else "none yet"
-            losses = " ".join(f"{name}={trainer.losses[name]:.3g}" for name in ("value_loss", "entropy", "approx_kl"))
-            step = f"global_step={trainer.global_step} SPS={self.speeds[-1]:.0f} episodic_return={mean}"
-            print(f"{step} {losses} left={self.left.render(self.progress.tasks[0])}", flush=True)
+            self.printed, left = now, self.progress.tasks[0].time_remaining or 0
+            names, numbers = ("SPS", "episodic_return", "value_loss", "entropy", "approx_kl"), charts | trainer.losses
+            shown = [f"{name}={short(numbers[name])}" for name in names if name in numbers]
+            print(f"global_step={trainer.global_step}", *shown, f"left={left:.0f}s", flush=True)
 
     def render(self) -> panel.Panel:
-        trainer, memory, gib = self.trainer, psutil.virtual_memory(), 2**30
-        speed = {"SPS": f"{self.speeds[-1]:,.0f}" if self.speeds else "", "": sparkline(self.speeds)}
-        used = f"{memory.used / gib:.1f}/{memory.total / gib:.0f} GiB"
-        speed |= {"CPU": f"{psutil.cpu_percent():.0f}%", "memory": used}
-        if trainer.device.type == "cuda":
-            speed["GPU"] = f"{torch.cuda.utilization()}%, {torch.cuda.max_memory_allocated() / gib:.1f} GiB"
-        episodes = {"episodes": f"{trainer.num_episodes:,}", "": sparkline(self.trend)}
-        if trainer.returns:
-            episodes |= {"return": f"{np.mean(trainer.returns):.4g}", "best": f"{max(trainer.returns):.4g}"}
-        episodes |= {{"l": "last length"}.get(name, name): f"{value:.4g}" for name, value in trainer.episode.items()}
-        seconds = {**trainer.seconds, "other": time.perf_counter() - self.start - sum(trainer.seconds.values())}
-        shares = {name: own / sum(seconds.values()) for name, own in seconds.items()}
-        times = {name: f"{own:4.0%} {'█' * round(8 * own)}" for name, own in shares.items()}
-        losses = {name.replace("_", " ")[:12]: f"{value:.3g}" for name, value in trainer.losses.items()}
-        contents = {"[green]episodes": episodes, "[cyan]speed": speed, "[yellow]time": times, "[magenta]losses": losses}
-        columns = table.Table(*[table.Column(title, ratio=1) for title in contents], expand=True, box=None)
-        rows = [[f"[dim]{name:<13}[/] [bold]{value}[/]" for name, value in part.items()] for part in contents.values()]
-        columns.add_row(*["\n".join(lines[:7]) for lines in rows])
-        title = f"[bold]{self.args.env_id}[/] on {trainer.device}, {self.args.precision}"
-        return panel.Panel(console.Group(self.progress, columns), title=title, subtitle="Ctrl-C saves and stops")
+        groups = {}
+        for (group, name), values in list(self.history.items()):
+            groups[group] = groups.get(group) or table.Table(f"[cyan]{group}", "", "", box=None)
+            groups[group].add_row(name.replace("_", " "), f"[bold]{short(values[-1])}", f"[green]{sparkline(values)}")
+        title = f"[bold]{self.args.env_id}[/] on {self.trainer.device}, {self.args.precision}"
+        body = console.Group(self.progress, columns.Columns(groups.values()))
+        return panel.Panel(body, title=title, subtitle="Ctrl-C saves and stops")
 
 
 # -------------------------------------------------------------------------------------------------------------- modes
@@ -682,8 +688,9 @@ def train(args: Args, report: Callable[[int, float], None] = lambda step, mean: 
             restore(trainer, load(args.resume))
         trainer.start()
         dashboard = Dashboard(trainer, path.parent) if RANK == 0 else None
-        if dashboard and dashboard.is_live:
-            stack.enter_context(live.Live(get_renderable=dashboard.render))
+        if dashboard:
+            stack.callback(dashboard.writer.close)
+            stack.enter_context(live.Live(get_renderable=dashboard.render) if dashboard.is_live else stack)
         is_over = trainer.is_over()
         while not is_over and trainer.collect():
             trainer.update()
@@ -696,7 +703,6 @@ def train(args: Args, report: Callable[[int, float], None] = lambda step, mean: 
             report(trainer.iteration, mean)
         if dashboard:
             save(trainer, path)
-            dashboard.writer.close()
     if dashboard and not args.quiet:
         print(f"Saved {path}: --resume goes on with it, --mode eval --resume plays it")
     if trainer.stopping:
@@ -710,13 +716,12 @@ def evaluate(args: Args) -> None:
     trainer = Trainer(dataclasses.replace(args, num_envs=1, vec="serial", env_batch_size=0, compile=False))
     with trainer.envs as envs:
         restore(trainer, contents)
-        trainer.returns.clear()
+        trainer.returns = deque()  # of all episodes
         trainer.start()
         while len(trainer.returns) < args.eval_episodes * envs.num_agents:
             if envs.render_mode and not trainer.returns:
                 frames.append(np.array(envs.render()[0]))
             trainer.act()
-            trainer.receive()
     returns, path = np.array(trainer.returns), Path(args.resume).with_name("eval.mp4")
     if frames and frames[0].ndim:
         from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
@@ -747,12 +752,10 @@ def sweep(args: Args, chosen: list[str]) -> None:
     settings = {"study_name": "sweep", "storage": f"sqlite:///{folder}/study.db", "load_if_exists": True}
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2)
     study = optuna.create_study(direction="maximize", pruner=pruner, **settings)
-    ended = [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
+    num_ended = sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials)
 
     def objective(trial: optuna.Trial) -> float:
-        for name, (low, high, log) in SEARCH.items():
-            suggest = trial.suggest_int if isinstance(low, int) else trial.suggest_float
-            setattr(args, name, suggest(name, low, high, log=log) if name in chosen else getattr(args, name))
+        suggest, searched = {int: trial.suggest_int, float: trial.suggest_float}, SEARCH.keys() & chosen
 
         def report(step: int, mean: float) -> None:
             trial.report(mean, step) if np.isfinite(mean) else None
@@ -765,7 +768,7 @@ def sweep(args: Args, chosen: list[str]) -> None:
         found = " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in trial.params.items())
         print(f"trial {trial.number} {trial.state.name.lower()}: return {trial.value} with {found}", flush=True)
 
-    study.optimize(objective, n_trials=max(args.sweep_trials - len(ended), 0), callbacks=[tell])
+    study.optimize(objective, n_trials=max(args.sweep_trials - num_ended, 0), callbacks=[tell])
     optuna.visualization.matplotlib.plot_optimization_history(study).figure.savefig(folder / "history.png")
     print(f"{len(study.trials)} trials, drawn in {folder}/history.png; the best:")
     tell(study, study.best_trial)
@@ -789,7 +792,6 @@ def autotune(args: Args, chosen: list[str]) -> None:
                     start, first = time.perf_counter(), trainer.global_step
                     while time.perf_counter() - start < seconds:
                         trainer.act()
-                        trainer.receive()
             results.append(((trainer.global_step - first) / (time.perf_counter() - start), way))
             print("{:10,.0f} steps/s with {}".format(*results[-1]), flush=True)
     print(f"Fastest of {len(results)} (of {len(ways)}): python demo.py --env-id {args.env_id} {max(results)[1]}")

@@ -102,7 +102,7 @@ def test_truncation_bootstraps_from_the_last_observation_and_termination_from_no
         trainer.collect()
         experience, policy = trainer.experience, trainer.policy
         index = trainer.prepare()
-        observations, ended = experience.observations[index], torch.as_tensor(experience.ended)
+        observations, ended = experience.observations[index], experience.ended[index]
 
         def value(observation):
             return float(policy(observation.view(1, 1, -1), None, None)[3])
@@ -161,7 +161,7 @@ def test_masked_rows_never_touch_an_update(use_lstm):
             assert 0.2 < masked.mean() < 0.8
             if poison:
                 experience.rewards[masked] = np.nan
-                flat = torch.as_tensor(masked.reshape(-1))
+                flat = torch.as_tensor(masked)
                 for name in ("observations", "logprobs", "values", "next_values"):
                     getattr(experience, name)[flat] = torch.nan
                 experience.actions[flat] = 2**40
@@ -175,7 +175,7 @@ def test_agents_that_come_and_go_are_trained_on_while_they_live():
     """The rows of `FloatTeam`, by hand: agent 1 dies on the first step of the first episode, and is absent then."""
     with trainer_of("envs:FloatTeam", num_envs=1, num_steps=8) as trainer:
         trainer.collect()
-        valid, ended = trainer.experience.valid, trainer.experience.ended
+        valid, ended = [part.reshape(3, 8) for part in (trainer.experience.valid, trainer.experience.ended)]
         assert valid.tolist() == [
             [True, True, True, True, True, False, False, False],
             [True, False, False, True, True, True, True, True],
