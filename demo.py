@@ -5,7 +5,6 @@ Run `python demo.py --env-id CartPole-v1`; `--help` lists all flags, and README.
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import random
@@ -26,6 +25,7 @@ import psutil
 import torch
 import tyro
 from gymnasium import spaces
+from gymnasium.envs.registration import load_env_creator
 from rich import columns, console, live, panel, progress, table
 from torch import distributed, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -144,16 +144,15 @@ class NetHack(gym.Wrapper):
 
 def make_env(env_id: str, render: bool = False) -> Any:
     """Return an environment by its id; with `render`, one that can draw itself, as a picture or as text."""
-    module, _, function = env_id.partition(":")
+    module, _, name = env_id.partition(":")
     family = re.split("[-/]", env_id)[0]
     if module == "pettingzoo":
-        return importlib.import_module(function).parallel_env(**({"render_mode": "rgb_array"} if render else {}))
-    if function and hasattr(importlib.import_module(module), function):
-        env = getattr(importlib.import_module(module), function)()
+        return load_env_creator(f"{name}:parallel_env")(**({"render_mode": "rgb_array"} if render else {}))
+    if name.isidentifier():
+        env = load_env_creator(env_id)()
     elif family.startswith(("MiniHack", "NetHack")):
-        importlib.import_module("minihack" if family == "MiniHack" else "nle")
-        keys = NETHACK_KEYS + SCREEN_KEYS * render
-        env = gym.make(env_id, observation_keys=keys, fix_moon_phase=True, render_mode="ansi" if render else None)
+        full_id, keys = f"{'minihack' if family == 'MiniHack' else 'nle'}:{env_id}", NETHACK_KEYS + SCREEN_KEYS * render
+        env = gym.make(full_id, observation_keys=keys, fix_moon_phase=True, render_mode="ansi" if render else None)
         env = gym.wrappers.FilterObservation(NetHack(env), NETHACK_KEYS)
     else:
         if is_atari := family == "ALE" or "NoFrameskip" in env_id:
@@ -387,8 +386,7 @@ class Trainer:
         try:
             self.envs = envs = make(env_fns, zero_copy=args.zero_copy)
         except ValueError as error:
-            flags = f"--num-workers {args.num_workers} --env-batch-size {args.env_batch_size}"
-            raise SystemExit(f"{flags}: {error}") from None
+            raise SystemExit(f"--num-workers, --env-batch-size: {error}") from None
         self.made_for = f"{envs.layout.space}, {envs.single_action_space}, {args.hidden_size=}, {args.use_lstm=}"
         self.is_team = not envs.get_attr("masks")[0].all()  # agents of a team are absent before the first reset
         self.steps_per_update = envs.num_agents * args.num_steps * WORLD_SIZE
@@ -565,21 +563,15 @@ class Trainer:
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
-COUNTS = ("iteration", "global_step", "num_episodes")
-
-
 def save(trainer: Trainer, path: Path) -> None:
     """Write a checkpoint beside the last one and put it in its place: a kill at any time leaves one of the two."""
     name, numbers, *rest = np.random.get_state()
     rng = {"numpy": [name, numbers.tolist(), *rest], "python": random.getstate(), "torch": torch.get_rng_state()}
-    contents = {name: getattr(trainer, name) for name in (*COUNTS, "made_for")}
+    contents = {name: getattr(trainer, name) for name in ("iteration", "global_step", "num_episodes", "made_for")}
     contents |= {"args": vars(trainer.args), "returns": list(trainer.returns), "rng": rng}
     contents |= {"policy": trainer.policy.state_dict(), "optimizer": trainer.optimizer.state_dict()}
-    with open(path.with_suffix(".part"), "wb") as file:
-        torch.save(contents, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    torch.save(contents, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
 
 
 def load(path: str) -> dict[str, Any]:
@@ -598,7 +590,8 @@ def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
     trainer.args.expect("resume", trainer.made_for == contents["made_for"], wanted)
     trainer.policy.load_state_dict(contents["policy"])
     trainer.optimizer.load_state_dict(contents["optimizer"])
-    vars(trainer).update({name: contents[name] for name in COUNTS})
+    for name in ("iteration", "global_step", "num_episodes"):
+        setattr(trainer, name, contents[name])
     trainer.returns.extend(contents["returns"])
     np.random.set_state(contents["rng"]["numpy"])
     random.setstate(contents["rng"]["python"])
@@ -615,17 +608,13 @@ def sparkline(values: list[float], width: int = 12) -> str:
     return "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
 
 
-def short(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
 class Dashboard:
     """Logs a run, and shows it: live on a terminal, otherwise as a line every few seconds; nothing if `quiet`."""
 
     def __init__(self, trainer: Trainer, folder: Path):
         self.trainer, self.args, self.history = trainer, trainer.args, defaultdict(list)
-        self.start = self.last = time.perf_counter()
-        self.last_step, self.printed = trainer.global_step, -np.inf
+        self.start, self.printed = time.perf_counter(), -np.inf
+        self.last = self.start, trainer.global_step
         steps, bar = "[bold]{task.completed:,}[/] of {task.total:,} steps", progress.Progress.get_default_columns()
         self.progress = progress.Progress(steps, *bar, "left", expand=True)
         self.task = self.progress.add_task("", total=trainer.num_iterations * trainer.steps_per_update)
@@ -640,18 +629,17 @@ class Dashboard:
 
     def log(self, is_last: bool) -> None:
         trainer, now = self.trainer, time.perf_counter()
-        charts = {"SPS": round((trainer.global_step - self.last_step) / (now - self.last))}
-        charts |= {"learning_rate": trainer.optimizer.param_groups[0]["lr"], "episodes": trainer.num_episodes}
+        (then, step), self.last = self.last, (now, trainer.global_step)
+        charts = {"SPS": round((trainer.global_step - step) / (now - then)), "episodes": trainer.num_episodes}
+        charts["learning_rate"] = trainer.optimizer.param_groups[0]["lr"]
         if trainer.returns:
-            charts |= {"episodic_return": np.mean(trainer.returns), "best_return": max(trainer.returns)}
-            charts |= {"episodic_length": trainer.episode.get("l", 0)}
-        self.last, self.last_step = now, trainer.global_step
+            charts |= {"episodic_return": np.mean(trainer.returns), "episodic_length": trainer.episode["l"]}
         shares = {name: 100 * seconds / (now - self.start) for name, seconds in trainer.seconds.items()}
         system = {"CPU %": psutil.cpu_percent(), "memory GiB": psutil.virtual_memory().used / 2**30}
         if trainer.device.type == "cuda":
             system |= {"GPU %": torch.cuda.utilization(), "GPU GiB": torch.cuda.max_memory_allocated() / 2**30}
         groups = {"charts": charts, "losses": trainer.losses, "time %": shares, "system": system}
-        for group, numbers in groups.items():
+        for group, numbers in (groups | {"last episode": trainer.episode}).items():
             for name, value in numbers.items():
                 self.history[group, name].append(value)
                 self.writer.add_scalar(f"{group}/{name}", value, trainer.global_step)
@@ -659,28 +647,24 @@ class Dashboard:
         if not (self.is_live or self.args.quiet) and (is_last or now - self.printed > 2):
             self.printed, left = now, self.progress.tasks[0].time_remaining or 0
             names, numbers = ("SPS", "episodic_return", "value_loss", "entropy", "approx_kl"), charts | trainer.losses
-            shown = [f"{name}={short(numbers[name])}" for name in names if name in numbers]
+            shown = [f"{name}={numbers[name]:.5g}" for name in names if name in numbers]
             print(f"global_step={trainer.global_step}", *shown, f"left={left:.0f}s", flush=True)
 
     def render(self) -> panel.Panel:
         groups = {}
         for (group, name), values in list(self.history.items()):
             groups[group] = groups.get(group) or table.Table(f"[cyan]{group}", "", "", box=None)
-            groups[group].add_row(name.replace("_", " "), f"[bold]{short(values[-1])}", f"[green]{sparkline(values)}")
+            groups[group].add_row(name.replace("_", " "), f"[bold]{values[-1]:.5g}", f"[green]{sparkline(values)}")
         title = f"[bold]{self.args.env_id}[/] on {self.trainer.device}, {self.args.precision}"
         body = console.Group(self.progress, columns.Columns(groups.values()))
         return panel.Panel(body, title=title, subtitle="Ctrl-C saves and stops")
 
 
 # -------------------------------------------------------------------------------------------------------------- modes
-def folder_of(name: str) -> Path:
-    return Path("runs", re.sub(r"[^\w.-]+", "-", name))
-
-
 def train(args: Args, report: Callable[[int, float], None] = lambda step, mean: None) -> float:
     """Train an agent; returns the mean of its last 100 returns, of which `report` hears after every update."""
     trainer, mean = Trainer(args), -np.inf
-    path = folder_of(f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}") / "checkpoint.pt"
+    path = Path("runs", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}", "checkpoint.pt")
     with contextlib.ExitStack() as stack, trainer.envs:
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.signal(number, trainer.stop))
@@ -703,7 +687,7 @@ def train(args: Args, report: Callable[[int, float], None] = lambda step, mean: 
             report(trainer.iteration, mean)
         if dashboard:
             save(trainer, path)
-    if dashboard and not args.quiet:
+    if RANK == 0 and not args.quiet:
         print(f"Saved {path}: --resume goes on with it, --mode eval --resume plays it")
     if trainer.stopping:
         raise SystemExit(130)
@@ -746,8 +730,7 @@ def sweep(args: Args, chosen: list[str]) -> None:
     """Search over what no flag says; the study is a file, so a search that was killed goes on when called again."""
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    folder = folder_of(f"sweep__{args.env_id}__{args.exp_name}")
+    folder = Path("runs", f"sweep__{args.env_id}__{args.exp_name}")
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"study_name": "sweep", "storage": f"sqlite:///{folder}/study.db", "load_if_exists": True}
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2)
@@ -755,7 +738,9 @@ def sweep(args: Args, chosen: list[str]) -> None:
     num_ended = sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials)
 
     def objective(trial: optuna.Trial) -> float:
-        suggest, searched = {int: trial.suggest_int, float: trial.suggest_float}, SEARCH.keys() & chosen
+        for name, (low, high, log) in SEARCH.items():
+            suggest = trial.suggest_int if isinstance(low, int) else trial.suggest_float
+            setattr(args, name, suggest(name, low, high, log=log) if name in chosen else getattr(args, name))
 
         def report(step: int, mean: float) -> None:
             trial.report(mean, step) if np.isfinite(mean) else None
@@ -764,25 +749,22 @@ def sweep(args: Args, chosen: list[str]) -> None:
 
         return train(dataclasses.replace(args, quiet=True, exp_name=f"{args.exp_name}-{trial.number}"), report)
 
-    def tell(_: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        found = " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in trial.params.items())
-        print(f"trial {trial.number} {trial.state.name.lower()}: return {trial.value} with {found}", flush=True)
-
-    study.optimize(objective, n_trials=max(args.sweep_trials - num_ended, 0), callbacks=[tell])
+    study.optimize(objective, n_trials=max(args.sweep_trials - num_ended, 0))
     optuna.visualization.matplotlib.plot_optimization_history(study).figure.savefig(folder / "history.png")
-    print(f"{len(study.trials)} trials, drawn in {folder}/history.png; the best:")
-    tell(study, study.best_trial)
+    found = " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in study.best_params.items())
+    print(f"Best of {len(study.trials)} trials, see {folder}/history.png: return {study.best_value:.4g} with {found}")
 
 
 def autotune(args: Args, chosen: list[str]) -> None:
     """Measure ways to step this environment, policy included, and print the command of the fastest."""
-    cores, deadline, results = len(os.sched_getaffinity(0)), time.perf_counter() + 50, []
+    cores, deadline, results = psutil.cpu_count(), time.perf_counter() + 50, []
     counts = sorted({8, 4 * cores, 16 * cores, 64 * cores}) if "num_envs" in chosen else [args.num_envs]
-    pools = [(count, workers) for count in counts for workers in (cores, 2 * cores) if count % (2 * workers) == 0]
     ways = [f"--vec serial --num-envs {count}" for count in counts]
-    for count, workers in pools:
+    for count, workers in [(count, workers) for count in counts for workers in (cores, 2 * cores)]:
         pool = f"--vec multiprocessing --num-envs {count} --num-workers {workers}"
-        ways += [pool, f"{pool} --env-batch-size {count // 2}", f"{pool} --env-batch-size {count // 2} --no-zero-copy"]
+        ways += [pool] if count % workers == 0 else []
+        if count % workers == 0 and workers % 2 == 0:
+            ways += [f"{pool} --env-batch-size {count // 2}", f"{pool} --env-batch-size {count // 2} --no-zero-copy"]
     for way in ways:
         if time.perf_counter() < deadline:
             trainer = Trainer(tyro.cli(Args, args=[*way.split(), "--num-steps", "8"], default=args))
