@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import random
-import re
 import signal
 import sys
 import time
@@ -145,19 +144,19 @@ class NetHack(gym.Wrapper):
 def make_env(env_id: str, render: bool = False) -> Any:
     """Return an environment by its id; with `render`, one that can draw itself, as a picture or as text."""
     module, _, name = env_id.partition(":")
-    family = re.split("[-/]", env_id)[0]
     if module == "pettingzoo":
         return load_env_creator(f"{name}:parallel_env")(**({"render_mode": "rgb_array"} if render else {}))
     if name.isidentifier():
         env = load_env_creator(env_id)()
-    elif family.startswith(("MiniHack", "NetHack")):
-        full_id, keys = f"{'minihack' if family == 'MiniHack' else 'nle'}:{env_id}", NETHACK_KEYS + SCREEN_KEYS * render
+    elif env_id.startswith(("MiniHack-", "NetHack")):
+        full_id = f"{'minihack' if env_id.startswith('MiniHack') else 'nle'}:{env_id}"
+        keys = NETHACK_KEYS + SCREEN_KEYS * render
         env = gym.make(full_id, observation_keys=keys, fix_moon_phase=True, render_mode="ansi" if render else None)
         env = gym.wrappers.FilterObservation(NetHack(env), NETHACK_KEYS)
     else:
-        if is_atari := family == "ALE" or "NoFrameskip" in env_id:
+        if is_atari := env_id.startswith("ALE/") or "NoFrameskip" in env_id:
             from atari_wrappers import AtariWrapper  # which makes the games known to gymnasium too
-        make = partial(gym.make, env_id, **({"frameskip": 1} if family == "ALE" else {}))
+        make = partial(gym.make, env_id, **({"frameskip": 1} if env_id.startswith("ALE/") else {}))
         can_draw = render and "rgb_array" in make().metadata.get("render_modes", ())
         env = make(render_mode="rgb_array" if can_draw else None)
         if is_atari:
@@ -241,14 +240,13 @@ class Policy(nn.Module):
         is_deep = kind_of(layout.space) in ("images", "nethack")
         self.rest = nn.ReLU() if is_deep else nn.Sequential(nn.Tanh(), nn.Linear(width, width), nn.Tanh())
         self.memory = nn.LSTMCell(width, width) if args.use_lstm else None
-        if isinstance(action_space, spaces.Box):  # -1 and 1 are the bounds, where there are any
+        self.is_continuous, num_actions = isinstance(action_space, spaces.Box), np.prod(action_space.shape, dtype=int)
+        self.sizes = np.ravel(getattr(action_space, "nvec", getattr(action_space, "n", num_actions))).tolist()
+        if self.is_continuous:  # -1 and 1 are the bounds, where there are any
             bounds = np.stack([action_space.low.ravel(), action_space.high.ravel()])
             low, high = np.where(np.isfinite(bounds).all(0), bounds, [[-1.0], [1.0]])
             self.center, self.radius = (high + low) / 2, (high - low) / 2
-            self.log_std, sizes = nn.Parameter(torch.zeros(len(low))), len(low)
-        else:  # one choice or several, each from a handful
-            sizes = getattr(action_space, "nvec", getattr(action_space, "n", None))
-        self.is_continuous, self.sizes = isinstance(action_space, spaces.Box), np.ravel(sizes).tolist()
+            self.log_std = nn.Parameter(torch.zeros(num_actions))
         self.actor, self.critic = nn.Linear(width, sum(self.sizes)), nn.Linear(width, 1)
         self.is_bf16 = args.precision == "bf16"
         nothing = torch.zeros(1, 1, *flat.shape, dtype=getattr(torch, flat.dtype.name))
@@ -261,17 +259,14 @@ class Policy(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: torch.Tensor, state: Any, starts: torch.Tensor, actions: Any = None) -> tuple:
-        """Follow sequences of rows `(batch, time, *row)` from a `state`, which is forgotten wherever one `starts`.
-
-        Returns actions (sampled if none are given), their log-probabilities, entropies, values, and the last state.
-        """
+        """Follow sequences `(batch, time, *row)`; returns actions, log-probabilities, entropies, values, last state."""
         rows, num_steps = x.flatten(0, 1), x.shape[1]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_bf16):
             leaves = leaves_of(self.layout.unflatten(rows))
             summed = sum(read(leaf) for read, leaf in zip(self.readers, leaves))  # as one layer over all of them would
             hidden, outputs = self.rest(summed).unflatten(0, (-1, num_steps)), []
             for step in range(num_steps) if self.memory else ():
-                state = state.masked_fill(starts[:, step, None], 0.0)
+                state = state.masked_fill(starts[:, step, None], 0.0)  # an episode starts without memories
                 output, cell = self.memory(hidden[:, step], state.chunk(2, dim=1))
                 state = torch.cat([output, cell], dim=1).float()
                 outputs.append(output)
@@ -370,7 +365,7 @@ class Trainer:
 
     def __init__(self, args: Args):
         self.args, self.iteration, self.global_step, self.num_episodes, self.stopping = args, 0, 0, 0, False
-        self.returns, self.episode = deque(maxlen=max(100, args.eval_episodes)), {}  # of the last episodes; of the last
+        self.returns, self.episode = deque(maxlen=100), {}  # of the last episodes; numbers of the very last
         self.seconds, self.losses, self.device = defaultdict(float), {}, torch.device("cpu")
         if torch.cuda.is_available() and args.cuda:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -393,6 +388,8 @@ class Trainer:
         self.num_iterations = args.total_timesteps // self.steps_per_update
         self.policy = Policy(envs.layout, envs.single_action_space, args).to(self.device)
         self.model = torch.compile(self.policy, mode="reduce-overhead") if args.compile else self.policy
+        if distributed.is_initialized():
+            self.model = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.learning_rate, eps=1e-5)
         is_async = envs.agents_per_batch < envs.num_agents
         self.experience = Experience(envs.num_agents, args, self.policy, self.device, is_async)
@@ -439,19 +436,17 @@ class Trainer:
             self.alive[self.rows] = batch.masks & goes_on
             places = experience.place(self.rows), experience.place(self.rows, back=1)
             ids = np.stack([self.rows, *places, ended | ~was_alive])
-            # One copy moves all of it, from pinned memory on CUDA
-            parts = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in (ids, batch.observations)]
-            packed = torch.from_numpy(np.concatenate(parts))
-            packed = (packed.pin_memory() if self.device.type == "cuda" else packed).to(self.device, non_blocking=True)
-            self.row_ids, self.index, self.previous, starts = packed[: ids.nbytes].view(torch.int64).view(ids.shape)
-            self.starts, dtype = starts.bool(), experience.observations.dtype
-            self.observations = packed[ids.nbytes :].view(dtype).view(batch.observations.shape)
-            self.bootstraps, truncated = None, np.flatnonzero(ended & goes_on & ~batch.terminations)
+            observations = torch.from_numpy(batch.observations)
+            observations = observations.pin_memory() if self.device.type == "cuda" else observations
+            self.observations = observations.to(self.device, non_blocking=True)
+            self.row_ids, self.index, self.previous, starts = torch.as_tensor(ids, device=self.device)
+            self.bootstraps, self.starts = None, starts.bool()
+            truncated = np.flatnonzero(ended & goes_on & ~batch.terminations)
             if truncated.size:  # the values of their last observations are what these episodes would have had yet
                 last = torch.as_tensor(np.stack(batch.infos["final_obs"][truncated]), device=self.device)
-                where = torch.as_tensor(truncated, device=self.device)
-                starts = torch.zeros(len(where), 1, dtype=torch.bool, device=self.device)
-                self.bootstraps = where, self.policy(last[:, None], self.state[self.row_ids[where]], starts)[3][:, 0]
+                where, starts = torch.as_tensor(truncated, device=self.device), self.starts.new_zeros(len(last), 1)
+                values = self.policy(last[:, None], self.state[self.row_ids[where]], starts)[3]
+                self.bootstraps = where, values[:, 0]
         self.global_step += len(self.rows) * WORLD_SIZE
         self.count_episodes(batch)
 
@@ -551,12 +546,8 @@ class Trainer:
         means = torch.stack([figure.sum() for figure in figures]) / count.float()
 
         self.optimizer.zero_grad()
-        (means[0] + args.vf_coef * means[1] - args.ent_coef * means[2]).backward()
-        if distributed.is_initialized():
-            gradients = [parameter.grad for parameter in self.policy.parameters()]
-            flat = reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
-            for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-                gradient.copy_(part.view_as(gradient))
+        loss = means[0] + args.vf_coef * means[1] - args.ent_coef * means[2]
+        (loss * WORLD_SIZE).backward()  # whose gradient is the mean over ranks, of what are parts of a sum
         nn.utils.clip_grad_norm_(self.policy.parameters(), args.max_grad_norm)
         self.optimizer.step()
         return means.detach()
@@ -608,10 +599,11 @@ def sparkline(values: list[float], width: int = 12) -> str:
     return "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
 
 
-class Dashboard:
+class Dashboard(contextlib.ExitStack):
     """Logs a run, and shows it: live on a terminal, otherwise as a line every few seconds; nothing if `quiet`."""
 
     def __init__(self, trainer: Trainer, folder: Path):
+        super().__init__()
         self.trainer, self.args, self.history = trainer, trainer.args, defaultdict(list)
         self.start, self.printed = time.perf_counter(), -np.inf
         self.last = self.start, trainer.global_step
@@ -626,6 +618,9 @@ class Dashboard:
             wandb.init(**names, config=vars(self.args), sync_tensorboard=True, reinit="finish_previous")
         self.writer, lines = SummaryWriter(folder), [f"|{name}|{value}|" for name, value in vars(self.args).items()]
         self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *lines]))
+        self.callback(self.writer.close)
+        if self.is_live:
+            self.enter_context(live.Live(get_renderable=self.render))
 
     def log(self, is_last: bool) -> None:
         trainer, now = self.trainer, time.perf_counter()
@@ -661,9 +656,9 @@ class Dashboard:
 
 
 # -------------------------------------------------------------------------------------------------------------- modes
-def train(args: Args, report: Callable[[int, float], None] = lambda step, mean: None) -> float:
-    """Train an agent; returns the mean of its last 100 returns, of which `report` hears after every update."""
-    trainer, mean = Trainer(args), -np.inf
+def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) -> float:
+    """Train an agent; returns the mean of its last 100 returns. After every update, `report` may look at the trainer."""
+    trainer = Trainer(args)
     path = Path("runs", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}", "checkpoint.pt")
     with contextlib.ExitStack() as stack, trainer.envs:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -671,27 +666,23 @@ def train(args: Args, report: Callable[[int, float], None] = lambda step, mean: 
         if args.resume:
             restore(trainer, load(args.resume))
         trainer.start()
-        dashboard = Dashboard(trainer, path.parent) if RANK == 0 else None
-        if dashboard:
-            stack.callback(dashboard.writer.close)
-            stack.enter_context(live.Live(get_renderable=dashboard.render) if dashboard.is_live else stack)
+        dashboard = stack.enter_context(Dashboard(trainer, path.parent)) if RANK == 0 else None
         is_over = trainer.is_over()
         while not is_over and trainer.collect():
             trainer.update()
-            mean = float(np.mean(trainer.returns)) if trainer.returns else -np.inf
             is_over = trainer.is_over()
             if dashboard:
                 dashboard.log(is_over)
                 if args.checkpoint_interval and trainer.iteration % args.checkpoint_interval == 0:
                     save(trainer, path)
-            report(trainer.iteration, mean)
+            report(trainer)
         if dashboard:
             save(trainer, path)
     if RANK == 0 and not args.quiet:
         print(f"Saved {path}: --resume goes on with it, --mode eval --resume plays it")
     if trainer.stopping:
         raise SystemExit(130)
-    return mean
+    return float(np.mean(trainer.returns)) if trainer.returns else -np.inf
 
 
 def evaluate(args: Args) -> None:
@@ -742,8 +733,9 @@ def sweep(args: Args, chosen: list[str]) -> None:
             suggest = trial.suggest_int if isinstance(low, int) else trial.suggest_float
             setattr(args, name, suggest(name, low, high, log=log) if name in chosen else getattr(args, name))
 
-        def report(step: int, mean: float) -> None:
-            trial.report(mean, step) if np.isfinite(mean) else None
+        def report(trainer: Trainer) -> None:
+            if trainer.returns:
+                trial.report(np.mean(trainer.returns), trainer.iteration)
             if trial.should_prune():
                 raise optuna.TrialPruned
 
@@ -757,14 +749,13 @@ def sweep(args: Args, chosen: list[str]) -> None:
 
 def autotune(args: Args, chosen: list[str]) -> None:
     """Measure ways to step this environment, policy included, and print the command of the fastest."""
-    cores, deadline, results = psutil.cpu_count(), time.perf_counter() + 50, []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     counts = sorted({8, 4 * cores, 16 * cores, 64 * cores}) if "num_envs" in chosen else [args.num_envs]
-    ways = [f"--vec serial --num-envs {count}" for count in counts]
-    for count, workers in [(count, workers) for count in counts for workers in (cores, 2 * cores)]:
+    pools = [(count, workers) for count in counts for workers in {cores + cores % 2, 2 * cores} if count % workers == 0]
+    ways, results, deadline = [f"--vec serial --num-envs {count}" for count in counts], [], time.perf_counter() + 50
+    for count, workers in pools:  # an even number of workers, so that half of them is some
         pool = f"--vec multiprocessing --num-envs {count} --num-workers {workers}"
-        ways += [pool] if count % workers == 0 else []
-        if count % workers == 0 and workers % 2 == 0:
-            ways += [f"{pool} --env-batch-size {count // 2}", f"{pool} --env-batch-size {count // 2} --no-zero-copy"]
+        ways += [pool, f"{pool} --env-batch-size {count // 2}", f"{pool} --env-batch-size {count // 2} --no-zero-copy"]
     for way in ways:
         if time.perf_counter() < deadline:
             trainer = Trainer(tyro.cli(Args, args=[*way.split(), "--num-steps", "8"], default=args))
