@@ -25,7 +25,7 @@ import torch
 import tyro
 from gymnasium import spaces
 from gymnasium.envs.registration import load_env_creator
-from rich import columns, console, live, panel, progress, table
+from rich import columns, console, live, panel, progress_bar, table
 from torch import distributed, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -297,24 +297,24 @@ class Policy(nn.Module):
 class Experience:
     """Transitions by agent row: whoever comes when, each row has a time line of its own, in segments of `num_steps`.
 
-    An update takes the oldest complete segment of every row, so that what it learns from does not depend on the order
-    in which environments were ready; quicker rows begin their next segments meanwhile. Once one has no place left, the
-    update takes the segments that are complete, and slower rows' are in a later one: nothing is lost or counts twice.
+    An update takes the oldest complete segment of every row, in whatever order environments were ready; quicker rows
+    begin their next one meanwhile. Once such a row has no place left, an update takes the segments that are complete,
+    and slower rows' are in a later one: nothing is lost or counts twice.
     """
 
-    def __init__(self, num_rows: int, args: Args, policy: Policy, device: torch.device, is_async: bool):
-        self.num_steps, self.num_slots = args.num_steps, args.num_steps * (1 + is_async)
+    def __init__(self, envs: puffer_core.Serial, policy: Policy, args: Args, device: torch.device):
+        self.num_steps, self.num_slots = args.num_steps, args.num_steps * (1 + (envs.agents_per_batch < envs.num_agents))
         self.horizon, width = (args.bptt_horizon, 2 * args.hidden_size) if args.use_lstm else (1, 0)
-        count, flat = num_rows * self.num_slots, policy.layout.flat_space  # of transitions, at row * num_slots + slot
-        zeros = partial(torch.zeros, device=device)
+        count, flat = envs.num_agents * self.num_slots, envs.single_observation_space  # one is at row * num_slots + slot
         parts, dtype = (policy.sizes[0], torch.float32) if policy.is_continuous else (len(policy.sizes), torch.int64)
+        zeros = partial(torch.zeros, device=device)
         self.observations = zeros(count, *flat.shape, dtype=getattr(torch, flat.dtype.name))
         self.actions, self.states = zeros(count, parts, dtype=dtype), zeros(count, width)
         self.logprobs, self.values, self.next_values, self.advantages, self.returns = zeros(5, count)
         self.starts, self.trainable = zeros(2, count, dtype=torch.bool)
         self.rewards = np.zeros(count, np.float32)
         self.valid, self.terminated, self.ended = np.zeros((3, count), bool)
-        self.begun, self.complete, self.consumed = np.zeros((3, num_rows), np.int64)  # transitions since the start
+        self.begun, self.complete, self.consumed = np.zeros((3, envs.num_agents), np.int64)  # since the start
 
     def place(self, rows: np.ndarray, back: int = 0) -> np.ndarray:
         """Return where the rows' next transitions go or, one `back`, where their last ones are."""
@@ -353,13 +353,6 @@ def estimate_advantages(rewards, values, next_values, terminated, ended, valid, 
 
 
 # -------------------------------------------------------------------------------------------------------- the trainer
-def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over all ranks, in place."""
-    if distributed.is_initialized():
-        distributed.all_reduce(tensor)
-    return tensor
-
-
 class Trainer:
     """Environments, policy, optimizer and experience of one rank: `collect` and `update` take turns."""
 
@@ -384,15 +377,13 @@ class Trainer:
             raise SystemExit(f"--num-workers, --env-batch-size: {error}") from None
         self.made_for = f"{envs.layout.space}, {envs.single_action_space}, {args.hidden_size=}, {args.use_lstm=}"
         self.is_team = not envs.get_attr("masks")[0].all()  # agents of a team are absent before the first reset
-        self.steps_per_update = envs.num_agents * args.num_steps * WORLD_SIZE
-        self.num_iterations = args.total_timesteps // self.steps_per_update
+        self.num_iterations = args.total_timesteps // (envs.num_agents * args.num_steps * WORLD_SIZE)
         self.policy = Policy(envs.layout, envs.single_action_space, args).to(self.device)
         self.model = torch.compile(self.policy, mode="reduce-overhead") if args.compile else self.policy
         if distributed.is_initialized():
             self.model = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.learning_rate, eps=1e-5)
-        is_async = envs.agents_per_batch < envs.num_agents
-        self.experience = Experience(envs.num_agents, args, self.policy, self.device, is_async)
+        self.experience = Experience(envs, self.policy, args, self.device)
         torch.manual_seed(args.seed + RANK)  # and draw other actions
 
     @contextlib.contextmanager
@@ -404,7 +395,7 @@ class Trainer:
     def start(self) -> None:
         count = self.envs.num_agents
         self.state = torch.zeros_like(self.experience.states[:count])
-        self.alive, self.team_sums = np.zeros(count, bool), np.zeros((2, count))
+        self.team_sums = np.zeros((2, count))  # of the episodes that are under way
         self.envs.async_reset(self.args.seed + RANK * self.args.num_envs + self.global_step)
         self.receive()
 
@@ -414,8 +405,10 @@ class Trainer:
 
     def is_over(self) -> bool:
         is_good = len(self.returns) >= 100 and np.mean(self.returns) >= self.args.target_return
-        is_over = is_good or self.stopping or self.iteration >= self.num_iterations
-        return bool(reduce_sum(torch.tensor(float(is_over), device=self.device)))  # ranks end together
+        is_over = torch.tensor(is_good or self.stopping or self.iteration >= self.num_iterations, device=self.device)
+        if distributed.is_initialized():  # ranks end together
+            distributed.all_reduce(is_over, distributed.ReduceOp.MAX)
+        return bool(is_over)
 
     def collect(self) -> bool:
         """Step environments until an update is due; returns False if asked to stop before."""
@@ -430,12 +423,11 @@ class Trainer:
             batch = self.envs.recv()
         with self.clock("copies"):
             experience, self.rows = self.experience, batch.agent_ids.copy()
-            experience.finish(batch)
-            ended, was_alive = batch.terminations | batch.truncations, self.alive[self.rows]
+            where, last = experience.place(self.rows), experience.place(self.rows, back=1)
+            ended, was_alive = batch.terminations | batch.truncations, experience.valid[last]
             goes_on = ~ended | batch.infos.get("_final_obs", np.zeros_like(ended))
-            self.alive[self.rows] = batch.masks & goes_on
-            places = experience.place(self.rows), experience.place(self.rows, back=1)
-            ids = np.stack([self.rows, *places, ended | ~was_alive])
+            self.alive, ids = batch.masks & goes_on, np.stack([self.rows, where, last, ended | ~was_alive])
+            experience.finish(batch)
             observations = torch.from_numpy(batch.observations)
             observations = observations.pin_memory() if self.device.type == "cuda" else observations
             self.observations = observations.to(self.device, non_blocking=True)
@@ -454,15 +446,12 @@ class Trainer:
         """Keep statistics of episodes that have ended: of whole games from infos, of a team's agents from rewards."""
         self.team_sums[:, self.rows] += batch.rewards, batch.masks
         infos = batch.infos.get("final_info", {})
-        ended = batch.terminations | batch.truncations if self.is_team else infos.get("_episode", False)
-        for at in np.flatnonzero(ended):
-            row, episode = self.rows[at], infos.get("episode", {})
-            numbers = {key: values[at] for key, values in episode.items() if key[0] != "_" and key != "t"}
-            numbers = dict(zip("rl", self.team_sums[:, row])) if self.is_team else numbers
-            self.episode = {key: float(value) for key, value in numbers.items()}
+        for at in np.flatnonzero(batch.terminations | batch.truncations if self.is_team else infos.get("_episode", False)):
+            told = {key: float(values[at]) for key, values in infos.get("episode", {}).items() if key[0] != "_"}
+            self.episode = told or dict(zip("rl", self.team_sums[:, self.rows[at]].tolist()))
             self.returns.append(self.episode["r"])
             self.num_episodes += 1
-            self.team_sums[:, row] = 0
+            self.team_sums[:, self.rows[at]] = 0
 
     @torch.no_grad()
     def think(self) -> tuple[torch.Tensor, ...]:
@@ -482,7 +471,7 @@ class Trainer:
             experience.actions[index], experience.logprobs[index], experience.values[index] = actions, logprobs, values
             experience.states[index], self.state[self.row_ids] = self.state[self.row_ids], state
             actions = self.policy.for_envs(actions)
-        experience.valid[experience.place(self.rows)] = self.alive[self.rows]
+        experience.valid[experience.place(self.rows)] = self.alive
         experience.begun[self.rows] += 1
         self.envs.send(actions)
         self.receive()
@@ -527,11 +516,13 @@ class Trainer:
         index, newlogprob, entropy, newvalue = (part[kept] for part in (index, *outputs))
         advantages, returns, values = experience.advantages[index], experience.returns[index], experience.values[index]
 
-        # Statistics and means are those of the minibatches of all ranks together
+        # Statistics and means are those of the minibatches of all ranks together, which may be empty
         sums = torch.stack([torch.ones_like(advantages), advantages, advantages.square()]).double().sum(1)
-        count, total, squares = reduce_sum(sums)
+        if distributed.is_initialized():
+            distributed.all_reduce(sums)
+        count, total, squares = sums
         if args.norm_adv:
-            deviation = ((squares - total.square() / count) / (count - 1)).clamp(min=0).sqrt()
+            deviation = ((squares - total.square() / count) / (count - 1).clamp(min=1)).clamp(min=0).sqrt()
             advantages = ((advantages - total / count) / (deviation + 1e-8)).float()
         logratio = newlogprob - experience.logprobs[index]
         ratio = logratio.exp()
@@ -543,7 +534,7 @@ class Trainer:
         gain = torch.min(advantages * ratio, advantages * clipped_ratio)
         # Two estimates of the divergence, see http://joschu.net/blog/kl-approx.html
         figures = (-gain, 0.5 * v_error, entropy, -logratio, ratio - 1 - logratio, ratio != clipped_ratio)
-        means = torch.stack([figure.sum() for figure in figures]) / count.float()
+        means = torch.stack([figure.sum() for figure in figures]) / count.clamp(min=1).float()
 
         self.optimizer.zero_grad()
         loss = means[0] + args.vf_coef * means[1] - args.ent_coef * means[2]
@@ -581,8 +572,7 @@ def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
     trainer.args.expect("resume", trainer.made_for == contents["made_for"], wanted)
     trainer.policy.load_state_dict(contents["policy"])
     trainer.optimizer.load_state_dict(contents["optimizer"])
-    for name in ("iteration", "global_step", "num_episodes"):
-        setattr(trainer, name, contents[name])
+    vars(trainer).update({name: contents[name] for name in ("iteration", "global_step", "num_episodes")})
     trainer.returns.extend(contents["returns"])
     np.random.set_state(contents["rng"]["numpy"])
     random.setstate(contents["rng"]["python"])
@@ -606,11 +596,7 @@ class Dashboard(contextlib.ExitStack):
         super().__init__()
         self.trainer, self.args, self.history = trainer, trainer.args, defaultdict(list)
         self.start, self.printed = time.perf_counter(), -np.inf
-        self.last = self.start, trainer.global_step
-        steps, bar = "[bold]{task.completed:,}[/] of {task.total:,} steps", progress.Progress.get_default_columns()
-        self.progress = progress.Progress(steps, *bar, "left", expand=True)
-        self.task = self.progress.add_task("", total=trainer.num_iterations * trainer.steps_per_update)
-        self.is_live = sys.stdout.isatty() and not self.args.quiet
+        self.last, self.is_live = (self.start, trainer.global_step), sys.stdout.isatty() and not self.args.quiet
         if self.args.track:
             import wandb
 
@@ -625,33 +611,34 @@ class Dashboard(contextlib.ExitStack):
     def log(self, is_last: bool) -> None:
         trainer, now = self.trainer, time.perf_counter()
         (then, step), self.last = self.last, (now, trainer.global_step)
-        charts = {"SPS": round((trainer.global_step - step) / (now - then)), "episodes": trainer.num_episodes}
+        speed, left = (trainer.global_step - step) / (now - then), self.args.total_timesteps - trainer.global_step
+        charts = {"SPS": round(speed), "minutes_left": max(left, 0) / speed / 60, "episodes": trainer.num_episodes}
         charts["learning_rate"] = trainer.optimizer.param_groups[0]["lr"]
         if trainer.returns:
             charts |= {"episodic_return": np.mean(trainer.returns), "episodic_length": trainer.episode["l"]}
         shares = {name: 100 * seconds / (now - self.start) for name, seconds in trainer.seconds.items()}
-        system = {"CPU %": psutil.cpu_percent(), "memory GiB": psutil.virtual_memory().used / 2**30}
+        system = {"CPU_percent": psutil.cpu_percent(), "memory_GiB": psutil.virtual_memory().used / 2**30}
         if trainer.device.type == "cuda":
-            system |= {"GPU %": torch.cuda.utilization(), "GPU GiB": torch.cuda.max_memory_allocated() / 2**30}
-        groups = {"charts": charts, "losses": trainer.losses, "time %": shares, "system": system}
-        for group, numbers in (groups | {"last episode": trainer.episode}).items():
+            system |= {"GPU_percent": torch.cuda.utilization(), "GPU_GiB": torch.cuda.max_memory_allocated() / 2**30}
+        groups = {"charts": charts, "losses": trainer.losses, "time_percent": shares, "system": system}
+        for group, numbers in (groups | {"episode": trainer.episode}).items():
             for name, value in numbers.items():
                 self.history[group, name].append(value)
                 self.writer.add_scalar(f"{group}/{name}", value, trainer.global_step)
-        self.progress.update(self.task, completed=trainer.global_step)
         if not (self.is_live or self.args.quiet) and (is_last or now - self.printed > 2):
-            self.printed, left = now, self.progress.tasks[0].time_remaining or 0
-            names, numbers = ("SPS", "episodic_return", "value_loss", "entropy", "approx_kl"), charts | trainer.losses
-            shown = [f"{name}={numbers[name]:.5g}" for name in names if name in numbers]
-            print(f"global_step={trainer.global_step}", *shown, f"left={left:.0f}s", flush=True)
+            names = ("SPS", "episodic_return", "value_loss", "entropy", "approx_kl", "minutes_left")
+            shown = [f"{name}={value:.5g}" for name, value in (charts | trainer.losses).items() if name in names]
+            print(f"global_step={trainer.global_step}", *shown, flush=True)
+            self.printed = now
 
     def render(self) -> panel.Panel:
-        groups = {}
+        step, total, tables = self.trainer.global_step, self.args.total_timesteps, {}
         for (group, name), values in list(self.history.items()):
-            groups[group] = groups.get(group) or table.Table(f"[cyan]{group}", "", "", box=None)
-            groups[group].add_row(name.replace("_", " "), f"[bold]{values[-1]:.5g}", f"[green]{sparkline(values)}")
-        title = f"[bold]{self.args.env_id}[/] on {self.trainer.device}, {self.args.precision}"
-        body = console.Group(self.progress, columns.Columns(groups.values()))
+            tables[group] = tables.get(group) or table.Table(f"[cyan]{group.replace('_', ' ')}", "", "", box=None)
+            tables[group].add_row(name.replace("_", " "), f"[bold]{values[-1]:.5g}", f"[green]{sparkline(values)}")
+        bar = progress_bar.ProgressBar(total, step)
+        title = f"[bold]{self.args.env_id}[/] on {self.trainer.device}, {self.args.precision}: {step:,} of {total:,} steps"
+        body = console.Group(bar, columns.Columns(tables.values()))
         return panel.Panel(body, title=title, subtitle="Ctrl-C saves and stops")
 
 
