@@ -111,9 +111,9 @@ def prepare(args: Args) -> list[str]:
     for name in (*counts, "eval_episodes", "sweep_trials"):
         args.expect(name, getattr(args, name) > 0, "at least 1")
     steps, length = args.num_envs * envs.num_agents * args.num_steps, args.bptt_horizon if args.use_lstm else 1
-    least, most = steps * WORLD_SIZE, steps // length
     args.expect("bptt_horizon", args.num_steps % length == 0, "to divide --num-steps")
-    args.expect("num_minibatches", args.num_minibatches <= most, f"at most {most}, what an update has to split")
+    args.expect("num_minibatches", args.num_minibatches * length <= steps, f"at most {steps // length}, one a sequence")
+    least = steps * WORLD_SIZE
     args.expect("total_timesteps", args.total_timesteps >= least, f"at least one update, {least}")
     args.expect("env_batch_size", args.vec != "serial" or not args.env_batch_size, "--vec multiprocessing beside it")
     args.expect("mode", args.mode != "eval" or args.resume, "--resume CHECKPOINT beside it")
@@ -149,9 +149,8 @@ def make_env(env_id: str, render: bool = False) -> Any:
     if name.isidentifier():
         env = load_env_creator(env_id)()
     elif env_id.startswith(("MiniHack-", "NetHack")):
-        full_id = f"{'minihack' if env_id.startswith('MiniHack') else 'nle'}:{env_id}"
-        keys = NETHACK_KEYS + SCREEN_KEYS * render
-        env = gym.make(full_id, observation_keys=keys, fix_moon_phase=True, render_mode="ansi" if render else None)
+        full_id, keys = f"{'minihack' if 'MiniHack' in env_id else 'nle'}:{env_id}", NETHACK_KEYS + SCREEN_KEYS * render
+        env = gym.make(full_id, observation_keys=keys, fix_moon_phase=True, render_mode="ansi")
         env = gym.wrappers.FilterObservation(NetHack(env), NETHACK_KEYS)
     else:
         if is_atari := env_id.startswith("ALE/") or "NoFrameskip" in env_id:
@@ -303,12 +302,12 @@ class Experience:
     """
 
     def __init__(self, envs: puffer_core.Serial, policy: Policy, args: Args, device: torch.device):
-        self.num_steps, self.num_slots = args.num_steps, args.num_steps * (1 + (envs.agents_per_batch < envs.num_agents))
+        self.num_steps, is_async, space = args.num_steps, envs.batch_size < envs.num_envs, envs.single_observation_space
+        self.num_slots = args.num_steps * (1 + is_async)
         self.horizon, width = (args.bptt_horizon, 2 * args.hidden_size) if args.use_lstm else (1, 0)
-        count, flat = envs.num_agents * self.num_slots, envs.single_observation_space  # one is at row * num_slots + slot
+        count, zeros = envs.num_agents * self.num_slots, partial(torch.zeros, device=device)
         parts, dtype = (policy.sizes[0], torch.float32) if policy.is_continuous else (len(policy.sizes), torch.int64)
-        zeros = partial(torch.zeros, device=device)
-        self.observations = zeros(count, *flat.shape, dtype=getattr(torch, flat.dtype.name))
+        self.observations = zeros(count, *space.shape, dtype=getattr(torch, space.dtype.name))
         self.actions, self.states = zeros(count, parts, dtype=dtype), zeros(count, width)
         self.logprobs, self.values, self.next_values, self.advantages, self.returns = zeros(5, count)
         self.starts, self.trainable = zeros(2, count, dtype=torch.bool)
@@ -317,16 +316,8 @@ class Experience:
         self.begun, self.complete, self.consumed = np.zeros((3, envs.num_agents), np.int64)  # since the start
 
     def place(self, rows: np.ndarray, back: int = 0) -> np.ndarray:
-        """Return where the rows' next transitions go or, one `back`, where their last ones are."""
+        """Return where the rows' next transitions lie or, one `back`, their last ones."""
         return rows * self.num_slots + (self.begun[rows] - back) % self.num_slots
-
-    def finish(self, batch: puffer_core.Batch) -> None:
-        """Complete the rows' last transitions with what came of them; those of a reset land where nobody looks."""
-        rows, last = batch.agent_ids, self.place(batch.agent_ids, back=1)
-        self.rewards[last], self.terminated[last] = batch.rewards, batch.terminations
-        self.ended[last] = batch.terminations | batch.truncations
-        self.valid[last] &= batch.masks  # where an agent is gone without an end, nobody knows what its action led to
-        self.complete[rows] = self.begun[rows]
 
     def is_due(self, rows: np.ndarray) -> bool:
         """Tell whether all rows have a complete segment, or one of `rows`, which are to go on, has no place left."""
@@ -405,9 +396,10 @@ class Trainer:
 
     def is_over(self) -> bool:
         is_good = len(self.returns) >= 100 and np.mean(self.returns) >= self.args.target_return
-        is_over = torch.tensor(is_good or self.stopping or self.iteration >= self.num_iterations, device=self.device)
+        is_over = is_good or self.stopping or self.iteration >= self.num_iterations
+        is_over = torch.tensor(float(is_over), device=self.device)
         if distributed.is_initialized():  # ranks end together
-            distributed.all_reduce(is_over, distributed.ReduceOp.MAX)
+            distributed.all_reduce(is_over)
         return bool(is_over)
 
     def collect(self) -> bool:
@@ -427,7 +419,10 @@ class Trainer:
             ended, was_alive = batch.terminations | batch.truncations, experience.valid[last]
             goes_on = ~ended | batch.infos.get("_final_obs", np.zeros_like(ended))
             self.alive, ids = batch.masks & goes_on, np.stack([self.rows, where, last, ended | ~was_alive])
-            experience.finish(batch)
+            # What came of the rows' last transitions; those of a reset land where nobody looks
+            experience.rewards[last], experience.terminated[last] = batch.rewards, batch.terminations
+            experience.ended[last], experience.complete[self.rows] = ended, experience.begun[self.rows]
+            experience.valid[last] &= batch.masks  # of an agent gone without an end, nobody knows where its action led
             observations = torch.from_numpy(batch.observations)
             observations = observations.pin_memory() if self.device.type == "cuda" else observations
             self.observations = observations.to(self.device, non_blocking=True)
@@ -446,7 +441,8 @@ class Trainer:
         """Keep statistics of episodes that have ended: of whole games from infos, of a team's agents from rewards."""
         self.team_sums[:, self.rows] += batch.rewards, batch.masks
         infos = batch.infos.get("final_info", {})
-        for at in np.flatnonzero(batch.terminations | batch.truncations if self.is_team else infos.get("_episode", False)):
+        ended = batch.terminations | batch.truncations if self.is_team else infos.get("_episode", False)
+        for at in np.flatnonzero(ended):
             told = {key: float(values[at]) for key, values in infos.get("episode", {}).items() if key[0] != "_"}
             self.episode = told or dict(zip("rl", self.team_sums[:, self.rows[at]].tolist()))
             self.returns.append(self.episode["r"])
@@ -634,12 +630,11 @@ class Dashboard(contextlib.ExitStack):
     def render(self) -> panel.Panel:
         step, total, tables = self.trainer.global_step, self.args.total_timesteps, {}
         for (group, name), values in list(self.history.items()):
-            tables[group] = tables.get(group) or table.Table(f"[cyan]{group.replace('_', ' ')}", "", "", box=None)
-            tables[group].add_row(name.replace("_", " "), f"[bold]{values[-1]:.5g}", f"[green]{sparkline(values)}")
-        bar = progress_bar.ProgressBar(total, step)
-        title = f"[bold]{self.args.env_id}[/] on {self.trainer.device}, {self.args.precision}: {step:,} of {total:,} steps"
-        body = console.Group(bar, columns.Columns(tables.values()))
-        return panel.Panel(body, title=title, subtitle="Ctrl-C saves and stops")
+            tables[group] = tables.get(group) or table.Table(f"[cyan]{group}", "", "", box=None)
+            tables[group].add_row(name, f"[bold]{values[-1]:.5g}", f"[green]{sparkline(values)}")
+        body = console.Group(progress_bar.ProgressBar(total, step), columns.Columns(tables.values()))
+        title = f"[bold]{self.args.env_id}[/], {step:,} of {total:,} steps"
+        return panel.Panel(body, title=title, subtitle=f"{self.args.precision} on {self.trainer.device}; Ctrl-C saves")
 
 
 # -------------------------------------------------------------------------------------------------------------- modes
