@@ -86,10 +86,8 @@ class Args:
 
 
 # What holds where no flag is given, by the kind of environment; for images it is what puffer_ppo_atari.py has.
-COMMON = {
-    **{"num_envs": 8, "update_epochs": 4, "learning_rate": 1e-3, "gamma": 0.99, "gae_lambda": 0.95, "clip_coef": 0.2},
-    **{"clip_vloss": False, "ent_coef": 0.01, "reward_scale": 0.1, "hidden_size": 128},
-}
+COMMON = {"num_envs": 8, "update_epochs": 4, "learning_rate": 1e-3, "gamma": 0.99, "gae_lambda": 0.95, "clip_coef": 0.2}
+COMMON |= {"clip_vloss": False, "ent_coef": 0.01, "reward_scale": 0.1, "hidden_size": 128}
 PRESETS = {
     "images": {"hidden_size": 512, "learning_rate": 2.5e-4, "clip_coef": 0.1, "clip_vloss": True, "reward_scale": 1.0},
     "nethack": {"hidden_size": 256, "reward_scale": 1.0},
@@ -296,14 +294,13 @@ class Policy(nn.Module):
 class Experience:
     """Transitions by agent row: whoever comes when, each row has a time line of its own, in segments of `num_steps`.
 
-    An update takes the oldest complete segment of every row, in whatever order environments were ready; quicker rows
-    begin their next one meanwhile. Once such a row has no place left, an update takes the segments that are complete,
-    and slower rows' are in a later one: nothing is lost or counts twice.
+    An update takes the oldest complete segment of every row, in whatever order environments were ready. Once a quick
+    row has no place left, it takes the segments that are complete, and others later: none is lost or counts twice.
     """
 
     def __init__(self, envs: puffer_core.Serial, policy: Policy, args: Args, device: torch.device):
-        self.num_steps, is_async, space = args.num_steps, envs.batch_size < envs.num_envs, envs.single_observation_space
-        self.num_slots = args.num_steps * (1 + is_async)
+        self.num_steps, space = args.num_steps, envs.single_observation_space
+        self.num_slots = args.num_steps * (2 if envs.batch_size < envs.num_envs else 1)
         self.horizon, width = (args.bptt_horizon, 2 * args.hidden_size) if args.use_lstm else (1, 0)
         count, zeros = envs.num_agents * self.num_slots, partial(torch.zeros, device=device)
         parts, dtype = (policy.sizes[0], torch.float32) if policy.is_continuous else (len(policy.sizes), torch.int64)
@@ -357,8 +354,7 @@ class Trainer:
         if args.precision == "auto":  # where a CPU lacks these instructions, bf16 takes ten times as long as fp32
             cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
             args.precision = "bf16" if "bf16" in cpu or self.device.type == "cuda" else "fp32"
-        for seed in (random.seed, np.random.seed, torch.manual_seed):
-            seed(args.seed)  # all ranks begin with the same weights
+        torch.manual_seed(args.seed)  # all ranks begin with the same weights
         env_fns = [partial(make_env, args.env_id, render=args.mode == "eval")] * args.num_envs
         pool = {"num_workers": args.num_workers or None, "batch_size": args.env_batch_size or None}
         make = puffer_core.Serial if args.vec == "serial" else partial(puffer_core.Multiprocessing, **pool)
@@ -384,10 +380,12 @@ class Trainer:
         self.seconds[name] += time.perf_counter() - start
 
     def start(self) -> None:
-        count = self.envs.num_agents
-        self.state = torch.zeros_like(self.experience.states[:count])
-        self.team_sums = np.zeros((2, count))  # of the episodes that are under way
-        self.envs.async_reset(self.args.seed + RANK * self.args.num_envs + self.global_step)
+        """Start the environments' first episodes; in this process, what they draw from global generators too."""
+        self.state = torch.zeros_like(self.experience.states[: self.envs.num_agents])
+        self.team_sums = np.zeros((2, self.envs.num_agents))  # of the episodes that are under way
+        seed = self.args.seed + RANK * self.args.num_envs + self.global_step
+        random.seed(seed), np.random.seed(seed)
+        self.envs.async_reset(seed)
         self.receive()
 
     def stop(self, *_: Any) -> None:
@@ -396,11 +394,10 @@ class Trainer:
 
     def is_over(self) -> bool:
         is_good = len(self.returns) >= 100 and np.mean(self.returns) >= self.args.target_return
-        is_over = is_good or self.stopping or self.iteration >= self.num_iterations
-        is_over = torch.tensor(float(is_over), device=self.device)
+        votes = torch.tensor(float(is_good or self.stopping or self.iteration >= self.num_iterations), device=self.device)
         if distributed.is_initialized():  # ranks end together
-            distributed.all_reduce(is_over)
-        return bool(is_over)
+            distributed.all_reduce(votes)
+        return bool(votes)
 
     def collect(self) -> bool:
         """Step environments until an update is due; returns False if asked to stop before."""
@@ -430,10 +427,9 @@ class Trainer:
             self.bootstraps, self.starts = None, starts.bool()
             truncated = np.flatnonzero(ended & goes_on & ~batch.terminations)
             if truncated.size:  # the values of their last observations are what these episodes would have had yet
-                last = torch.as_tensor(np.stack(batch.infos["final_obs"][truncated]), device=self.device)
-                where, starts = torch.as_tensor(truncated, device=self.device), self.starts.new_zeros(len(last), 1)
-                values = self.policy(last[:, None], self.state[self.row_ids[where]], starts)[3]
-                self.bootstraps = where, values[:, 0]
+                final_obs = torch.as_tensor(np.stack(batch.infos["final_obs"][truncated]), device=self.device)
+                at, starts = torch.as_tensor(truncated, device=self.device), self.starts.new_zeros(len(truncated), 1)
+                self.bootstraps = at, self.policy(final_obs[:, None], self.state[self.row_ids[at]], starts)[3][:, 0]
         self.global_step += len(self.rows) * WORLD_SIZE
         self.count_episodes(batch)
 
@@ -543,10 +539,8 @@ class Trainer:
 # -------------------------------------------------------------------------------------------------------- checkpoints
 def save(trainer: Trainer, path: Path) -> None:
     """Write a checkpoint beside the last one and put it in its place: a kill at any time leaves one of the two."""
-    name, numbers, *rest = np.random.get_state()
-    rng = {"numpy": [name, numbers.tolist(), *rest], "python": random.getstate(), "torch": torch.get_rng_state()}
     contents = {name: getattr(trainer, name) for name in ("iteration", "global_step", "num_episodes", "made_for")}
-    contents |= {"args": vars(trainer.args), "returns": list(trainer.returns), "rng": rng}
+    contents |= {"args": vars(trainer.args), "returns": list(trainer.returns), "rng": torch.get_rng_state()}
     contents |= {"policy": trainer.policy.state_dict(), "optimizer": trainer.optimizer.state_dict()}
     torch.save(contents, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
@@ -570,21 +564,12 @@ def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
     trainer.optimizer.load_state_dict(contents["optimizer"])
     vars(trainer).update({name: contents[name] for name in ("iteration", "global_step", "num_episodes")})
     trainer.returns.extend(contents["returns"])
-    np.random.set_state(contents["rng"]["numpy"])
-    random.setstate(contents["rng"]["python"])
-    torch.set_rng_state(contents["rng"]["torch"])
+    torch.set_rng_state(contents["rng"])
     if WORLD_SIZE > 1 or trainer.device.type == "cuda":  # what was saved is rank 0's, of the CPU
         torch.manual_seed(trainer.args.seed + RANK + trainer.global_step)
 
 
 # ------------------------------------------------------------------------------------------------------ the dashboard
-def sparkline(values: list[float], width: int = 12) -> str:
-    """Draw the last numbers as a line of blocks."""
-    means = np.array([part.mean() for part in np.array_split(np.array(values[-200:]), width) if len(part)])
-    heights = (means - means.min()) / (np.ptp(means) or 1.0) * 7
-    return "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
-
-
 class Dashboard(contextlib.ExitStack):
     """Logs a run, and shows it: live on a terminal, otherwise as a line every few seconds; nothing if `quiet`."""
 
@@ -630,8 +615,11 @@ class Dashboard(contextlib.ExitStack):
     def render(self) -> panel.Panel:
         step, total, tables = self.trainer.global_step, self.args.total_timesteps, {}
         for (group, name), values in list(self.history.items()):
+            means = np.array([part.mean() for part in np.array_split(values[-200:], 12) if len(part)])
+            heights = (means - means.min()) / (np.ptp(means) or 1.0) * 7
+            trend = "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
             tables[group] = tables.get(group) or table.Table(f"[cyan]{group}", "", "", box=None)
-            tables[group].add_row(name, f"[bold]{values[-1]:.5g}", f"[green]{sparkline(values)}")
+            tables[group].add_row(name, f"[bold]{values[-1]:.5g}", f"[green]{trend}")
         body = console.Group(progress_bar.ProgressBar(total, step), columns.Columns(tables.values()))
         title = f"[bold]{self.args.env_id}[/], {step:,} of {total:,} steps"
         return panel.Panel(body, title=title, subtitle=f"{self.args.precision} on {self.trainer.device}; Ctrl-C saves")
@@ -693,10 +681,8 @@ def evaluate(args: Args) -> None:
     print(f"Recorded {path}" if frames else f"{args.env_id} cannot draw itself, so nothing was recorded")
 
 
-SEARCH = {  # from, to, and whether on a logarithmic scale
-    **{"learning_rate": (1e-4, 1e-2, True), "ent_coef": (1e-4, 0.1, True), "gae_lambda": (0.8, 0.99, False)},
-    **{"gamma": (0.9, 0.999, False), "clip_coef": (0.1, 0.3, False), "update_epochs": (1, 10, False)},
-}
+SEARCH = {"learning_rate": (1e-4, 1e-2), "ent_coef": (1e-4, 0.1), "gae_lambda": (0.8, 0.99), "gamma": (0.9, 0.999)}
+SEARCH |= {"clip_coef": (0.1, 0.3), "update_epochs": (1, 10)}
 
 
 def sweep(args: Args, chosen: list[str]) -> None:
@@ -711,9 +697,11 @@ def sweep(args: Args, chosen: list[str]) -> None:
     num_ended = sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials)
 
     def objective(trial: optuna.Trial) -> float:
-        for name, (low, high, log) in SEARCH.items():
-            suggest = trial.suggest_int if isinstance(low, int) else trial.suggest_float
-            setattr(args, name, suggest(name, low, high, log=log) if name in chosen else getattr(args, name))
+        drawn = {"mode": "train", "quiet": True, "exp_name": f"{args.exp_name}-{trial.number}"}
+        for name in [name for name in SEARCH if name in chosen]:
+            (low, high), is_int = SEARCH[name], isinstance(SEARCH[name][0], int)
+            suggest = trial.suggest_int if is_int else trial.suggest_float
+            drawn[name] = suggest(name, low, high, log=high > 10 * low)
 
         def report(trainer: Trainer) -> None:
             if trainer.returns:
@@ -721,7 +709,7 @@ def sweep(args: Args, chosen: list[str]) -> None:
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        return train(dataclasses.replace(args, quiet=True, exp_name=f"{args.exp_name}-{trial.number}"), report)
+        return train(dataclasses.replace(args, **drawn), report)
 
     study.optimize(objective, n_trials=max(args.sweep_trials - num_ended, 0))
     optuna.visualization.matplotlib.plot_optimization_history(study).figure.savefig(folder / "history.png")
