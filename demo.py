@@ -13,7 +13,6 @@ import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -236,16 +235,16 @@ class Policy(nn.Module):
         self.readers = nn.ModuleList([reader(leaf, width) for reader, leaf in readers])
         is_deep = kind_of(layout.space) in ("images", "nethack")
         self.rest = nn.ReLU() if is_deep else nn.Sequential(nn.Tanh(), nn.Linear(width, width), nn.Tanh())
-        self.memory = nn.LSTMCell(width, width) if args.use_lstm else None
+        self.memory, self.is_bf16 = nn.LSTMCell(width, width) if args.use_lstm else None, args.precision == "bf16"
         self.is_continuous, num_actions = isinstance(action_space, spaces.Box), np.prod(action_space.shape, dtype=int)
         self.sizes = np.ravel(getattr(action_space, "nvec", getattr(action_space, "n", num_actions))).tolist()
+        self.center, self.radius = np.ravel(getattr(action_space, "start", 0)), 1
         if self.is_continuous:  # -1 and 1 are the bounds, where there are any
             bounds = np.stack([action_space.low.ravel(), action_space.high.ravel()])
             low, high = np.where(np.isfinite(bounds).all(0), bounds, [[-1.0], [1.0]])
             self.center, self.radius = (high + low) / 2, (high - low) / 2
             self.log_std = nn.Parameter(torch.zeros(num_actions))
         self.actor, self.critic = nn.Linear(width, sum(self.sizes)), nn.Linear(width, 1)
-        self.is_bf16 = args.precision == "bf16"
         nothing = torch.zeros(1, 1, *flat.shape, dtype=getattr(torch, flat.dtype.name))
         self(nothing, torch.zeros(1, 2 * width), torch.zeros(1, 1, dtype=torch.bool))  # gives lazy layers their sizes
         gains = {self.actor: 0.01, self.critic: 1.0}
@@ -284,10 +283,8 @@ class Policy(nn.Module):
 
     def for_envs(self, actions: torch.Tensor) -> np.ndarray:
         """Turn actions `(batch, parts)` into those that the environments take."""
-        values = actions.cpu().numpy()
-        values = self.center + self.radius * values if self.is_continuous else values
-        shaped = values.reshape(len(values), *self.action_space.shape) + getattr(self.action_space, "start", 0)
-        return shaped.astype(self.action_space.dtype)
+        values = self.center + self.radius * actions.cpu().numpy()
+        return values.reshape(len(values), *self.action_space.shape).astype(self.action_space.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------- experience
@@ -313,7 +310,7 @@ class Experience:
         self.begun, self.complete, self.consumed = np.zeros((3, envs.num_agents), np.int64)  # since the start
 
     def place(self, rows: np.ndarray, back: int = 0) -> np.ndarray:
-        """Return where the rows' next transitions lie or, one `back`, their last ones."""
+        """Return where the rows' next transitions go or, one `back`, the last lie; before the first, nobody looks."""
         return rows * self.num_slots + (self.begun[rows] - back) % self.num_slots
 
     def is_due(self, rows: np.ndarray) -> bool:
@@ -380,11 +377,10 @@ class Trainer:
         self.seconds[name] += time.perf_counter() - start
 
     def start(self) -> None:
-        """Start the environments' first episodes; in this process, what they draw from global generators too."""
         self.state = torch.zeros_like(self.experience.states[: self.envs.num_agents])
         self.team_sums = np.zeros((2, self.envs.num_agents))  # of the episodes that are under way
         seed = self.args.seed + RANK * self.args.num_envs + self.global_step
-        random.seed(seed), np.random.seed(seed)
+        random.seed(seed), np.random.seed(seed % 2**32)  # for environments of this process that draw from these
         self.envs.async_reset(seed)
         self.receive()
 
@@ -393,8 +389,9 @@ class Trainer:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
 
     def is_over(self) -> bool:
-        is_good = len(self.returns) >= 100 and np.mean(self.returns) >= self.args.target_return
-        votes = torch.tensor(float(is_good or self.stopping or self.iteration >= self.num_iterations), device=self.device)
+        is_over = self.stopping or self.iteration >= self.num_iterations
+        is_over |= len(self.returns) >= 100 and np.mean(self.returns) >= self.args.target_return
+        votes = torch.tensor(float(is_over), device=self.device)
         if distributed.is_initialized():  # ranks end together
             distributed.all_reduce(votes)
         return bool(votes)
@@ -416,7 +413,6 @@ class Trainer:
             ended, was_alive = batch.terminations | batch.truncations, experience.valid[last]
             goes_on = ~ended | batch.infos.get("_final_obs", np.zeros_like(ended))
             self.alive, ids = batch.masks & goes_on, np.stack([self.rows, where, last, ended | ~was_alive])
-            # What came of the rows' last transitions; those of a reset land where nobody looks
             experience.rewards[last], experience.terminated[last] = batch.rewards, batch.terminations
             experience.ended[last], experience.complete[self.rows] = ended, experience.begun[self.rows]
             experience.valid[last] &= batch.masks  # of an agent gone without an end, nobody knows where its action led
@@ -436,7 +432,7 @@ class Trainer:
     def count_episodes(self, batch: puffer_core.Batch) -> None:
         """Keep statistics of episodes that have ended: of whole games from infos, of a team's agents from rewards."""
         self.team_sums[:, self.rows] += batch.rewards, batch.masks
-        infos = batch.infos.get("final_info", {})
+        infos = {} if self.is_team else batch.infos.get("final_info", {})
         ended = batch.terminations | batch.truncations if self.is_team else infos.get("_episode", False)
         for at in np.flatnonzero(ended):
             told = {key: float(values[at]) for key, values in infos.get("episode", {}).items() if key[0] != "_"}
@@ -503,8 +499,7 @@ class Trainer:
         args, experience, kept = self.args, self.experience, self.experience.trainable[index]
         observations, actions = experience.observations[index], experience.actions[index]
         observations[~kept], actions[~kept] = 0, 0  # nothing of an absent agent's rows gets anywhere, not even NaN
-        state, starts = experience.states[index[:, 0]], experience.starts[index]
-        _, *outputs, _ = self.model(observations, state, starts, actions)
+        _, *outputs, _ = self.model(observations, experience.states[index[:, 0]], experience.starts[index], actions)
         index, newlogprob, entropy, newvalue = (part[kept] for part in (index, *outputs))
         advantages, returns, values = experience.advantages[index], experience.returns[index], experience.values[index]
 
@@ -607,10 +602,9 @@ class Dashboard(contextlib.ExitStack):
                 self.history[group, name].append(value)
                 self.writer.add_scalar(f"{group}/{name}", value, trainer.global_step)
         if not (self.is_live or self.args.quiet) and (is_last or now - self.printed > 2):
-            names = ("SPS", "episodic_return", "value_loss", "entropy", "approx_kl", "minutes_left")
+            self.printed, names = now, ("SPS", "episodic_return", "value_loss", "entropy", "approx_kl", "minutes_left")
             shown = [f"{name}={value:.5g}" for name, value in (charts | trainer.losses).items() if name in names]
             print(f"global_step={trainer.global_step}", *shown, flush=True)
-            self.printed = now
 
     def render(self) -> panel.Panel:
         step, total, tables = self.trainer.global_step, self.args.total_timesteps, {}
@@ -618,8 +612,7 @@ class Dashboard(contextlib.ExitStack):
             means = np.array([part.mean() for part in np.array_split(values[-200:], 12) if len(part)])
             heights = (means - means.min()) / (np.ptp(means) or 1.0) * 7
             trend = "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
-            tables[group] = tables.get(group) or table.Table(f"[cyan]{group}", "", "", box=None)
-            tables[group].add_row(name, f"[bold]{values[-1]:.5g}", f"[green]{trend}")
+            tables.setdefault(group, table.Table(group, "", "", box=None)).add_row(name, f"{values[-1]:.5g}", trend)
         body = console.Group(progress_bar.ProgressBar(total, step), columns.Columns(tables.values()))
         title = f"[bold]{self.args.env_id}[/], {step:,} of {total:,} steps"
         return panel.Panel(body, title=title, subtitle=f"{self.args.precision} on {self.trainer.device}; Ctrl-C saves")
@@ -627,7 +620,7 @@ class Dashboard(contextlib.ExitStack):
 
 # -------------------------------------------------------------------------------------------------------------- modes
 def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) -> float:
-    """Train an agent; returns the mean of its last 100 returns. After every update, `report` may look at the trainer."""
+    """Train an agent; returns the mean of its last 100 returns. After every update, `report` looks at the trainer."""
     trainer = Trainer(args)
     path = Path("runs", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}", "checkpoint.pt")
     with contextlib.ExitStack() as stack, trainer.envs:
@@ -673,10 +666,9 @@ def evaluate(args: Args) -> None:
 
         ImageSequenceClip(frames, fps=envs.metadata.get("render_fps", 30)).write_videofile(str(path), logger=None)
     elif frames:  # see https://docs.asciinema.org/manual/asciicast/v2
-        screens = ["\033[H\033[2J" + str(frame).replace("\n", "\r\n") for frame in frames]
-        events = [{"version": 2, "width": 80, "height": 24}, *[[at / 5, "o", text] for at, text in enumerate(screens)]]
-        path = path.with_suffix(".cast")
-        path.write_text("".join(json.dumps(event) + "\n" for event in events))
+        path, lines = path.with_suffix(".cast"), [{"version": 2, "width": 80, "height": 24}]
+        lines += [[at / 5, "o", "\033[H\033[2J" + str(frame).replace("\n", "\r\n")] for at, frame in enumerate(frames)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(f"{len(returns)} episodes: return {returns.mean():.4g} +- {returns.std():.4g}")
     print(f"Recorded {path}" if frames else f"{args.env_id} cannot draw itself, so nothing was recorded")
 
@@ -698,10 +690,10 @@ def sweep(args: Args, chosen: list[str]) -> None:
 
     def objective(trial: optuna.Trial) -> float:
         drawn = {"mode": "train", "quiet": True, "exp_name": f"{args.exp_name}-{trial.number}"}
-        for name in [name for name in SEARCH if name in chosen]:
-            (low, high), is_int = SEARCH[name], isinstance(SEARCH[name][0], int)
-            suggest = trial.suggest_int if is_int else trial.suggest_float
-            drawn[name] = suggest(name, low, high, log=high > 10 * low)
+        for name, (low, high) in SEARCH.items():
+            if name in chosen:
+                suggest = trial.suggest_int if isinstance(low, int) else trial.suggest_float
+                drawn[name] = suggest(name, low, high, log=high > 10 * low)
 
         def report(trainer: Trainer) -> None:
             if trainer.returns:
@@ -746,7 +738,7 @@ def main() -> None:
         args = tyro.cli(Args, default=load(args.resume)["args"])
     chosen = prepare(args)
     if WORLD_SIZE > 1:
-        distributed.init_process_group(timeout=timedelta(minutes=5))
+        distributed.init_process_group()
     modes = {"train": train, "eval": evaluate, "sweep": partial(sweep, chosen=chosen)}
     modes.get(args.mode, partial(autotune, chosen=chosen))(args)
     if WORLD_SIZE > 1:
