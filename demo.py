@@ -525,7 +525,7 @@ class Trainer:
 
         self.optimizer.zero_grad()
         loss = means[0] + args.vf_coef * means[1] - args.ent_coef * means[2]
-        (loss * WORLD_SIZE).backward()  # whose gradient is the mean over ranks, of what are parts of a sum
+        (loss * WORLD_SIZE).backward()  # which averages gradients over ranks, where a sum is due
         nn.utils.clip_grad_norm_(self.policy.parameters(), args.max_grad_norm)
         self.optimizer.step()
         return means.detach()
@@ -609,9 +609,9 @@ class Dashboard(contextlib.ExitStack):
     def render(self) -> panel.Panel:
         step, total, tables = self.trainer.global_step, self.args.total_timesteps, {}
         for (group, name), values in list(self.history.items()):
-            means = np.array([part.mean() for part in np.array_split(values[-200:], 12) if len(part)])
-            heights = (means - means.min()) / (np.ptp(means) or 1.0) * 7
-            trend = "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
+            parts = np.array_split(np.nan_to_num(values[-200:], posinf=0.0, neginf=0.0), 12)
+            means = np.array([part.mean() for part in parts if len(part)])
+            trend = "".join("▁▂▃▄▅▆▇█"[int(7 * height)] for height in (means - means.min()) / (np.ptp(means) or 1.0))
             tables.setdefault(group, table.Table(group, "", "", box=None)).add_row(name, f"{values[-1]:.5g}", trend)
         body = console.Group(progress_bar.ProgressBar(total, step), columns.Columns(tables.values()))
         title = f"[bold]{self.args.env_id}[/], {step:,} of {total:,} steps"
