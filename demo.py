@@ -588,10 +588,10 @@ class Dashboard(contextlib.ExitStack):
         trainer, now = self.trainer, time.perf_counter()
         (then, step), self.last = self.last, (now, trainer.global_step)
         speed, left = (trainer.global_step - step) / (now - then), self.args.total_timesteps - trainer.global_step
-        charts = {"SPS": round(speed), "minutes_left": max(left, 0) / speed / 60, "episodes": trainer.num_episodes}
-        charts["learning_rate"] = trainer.optimizer.param_groups[0]["lr"]
-        if trainer.returns:
+        charts = {"SPS": round(speed), "episodes": trainer.num_episodes}
+        if trainer.episode:
             charts |= {"episodic_return": np.mean(trainer.returns), "episodic_length": trainer.episode["l"]}
+        charts |= {"minutes_left": max(left, 0) / speed / 60, "learning_rate": trainer.optimizer.param_groups[0]["lr"]}
         shares = {name: 100 * seconds / (now - self.start) for name, seconds in trainer.seconds.items()}
         system = {"CPU_percent": psutil.cpu_percent(), "memory_GiB": psutil.virtual_memory().used / 2**30}
         if trainer.device.type == "cuda":
@@ -674,7 +674,7 @@ def evaluate(args: Args) -> None:
 
 
 SEARCH = {"learning_rate": (1e-4, 1e-2), "ent_coef": (1e-4, 0.1), "gae_lambda": (0.8, 0.99), "gamma": (0.9, 0.999)}
-SEARCH |= {"clip_coef": (0.1, 0.3), "update_epochs": (1, 10)}
+SEARCH |= {"clip_coef": (0.1, 0.3), "update_epochs": (1, 10)}  # from and to, on a logarithmic scale if over tenfold
 
 
 def sweep(args: Args, chosen: list[str]) -> None:
