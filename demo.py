@@ -196,10 +196,10 @@ class Leaf(nn.Module):
             x = x.permute(self.order).to(torch.float32, memory_format=torch.channels_last)
             return self.network(x * (1 / 255.0))
         if self.sizes:  # the rows of absent agents are zero, which may be no category
-            columns = (x.reshape(len(x), -1).long() - self.start).clamp(min=0).unbind(1)
+            columns = (x.unsqueeze(-1).flatten(1).long() - self.start).clamp(min=0).unbind(1)
             parts = [nn.functional.one_hot(column, size) for column, size in zip(columns, self.sizes)]
             return self.network(torch.cat(parts, dim=1).float())
-        return self.network((x / 255.0 if self.space.dtype == np.uint8 else symlog(x)).reshape(len(x), -1))
+        return self.network((x / 255.0 if self.space.dtype == np.uint8 else symlog(x)).unsqueeze(-1))
 
 
 class NetHackNet(nn.Module):
@@ -587,11 +587,12 @@ class Dashboard(contextlib.ExitStack):
     def log(self, is_last: bool) -> None:
         trainer, now = self.trainer, time.perf_counter()
         (then, step), self.last = self.last, (now, trainer.global_step)
-        speed, left = (trainer.global_step - step) / (now - then), self.args.total_timesteps - trainer.global_step
+        speed = (trainer.global_step - step) / (now - then)
+        left = max(self.args.total_timesteps - trainer.global_step, 0) / max(speed, 1.0)
         charts = {"SPS": round(speed), "episodes": trainer.num_episodes}
         if trainer.episode:
             charts |= {"episodic_return": np.mean(trainer.returns), "episodic_length": trainer.episode["l"]}
-        charts |= {"minutes_left": max(left, 0) / speed / 60, "learning_rate": trainer.optimizer.param_groups[0]["lr"]}
+        charts |= {"minutes_left": left / 60, "learning_rate": trainer.optimizer.param_groups[0]["lr"]}
         shares = {name: 100 * seconds / (now - self.start) for name, seconds in trainer.seconds.items()}
         system = {"CPU_percent": psutil.cpu_percent(), "memory_GiB": psutil.virtual_memory().used / 2**30}
         if trainer.device.type == "cuda":
