@@ -610,7 +610,7 @@ class Dashboard(contextlib.ExitStack):
     def render(self) -> panel.Panel:
         step, total, tables = self.trainer.global_step, self.args.total_timesteps, {}
         for (group, name), values in list(self.history.items()):
-            parts = np.array_split(np.nan_to_num(values[-200:], posinf=0.0, neginf=0.0), 12)
+            parts = np.array_split(np.nan_to_num(values[-200:], posinf=0.0, neginf=0.0), 6)
             means = np.array([part.mean() for part in parts if len(part)])
             trend = "".join("▁▂▃▄▅▆▇█"[int(7 * height)] for height in (means - means.min()) / (np.ptp(means) or 1.0))
             tables.setdefault(group, table.Table(group, "", "", box=None)).add_row(name, f"{values[-1]:.5g}", trend)
