@@ -5,17 +5,14 @@ Run `python demo.py --env-id CartPole-v1`; `--help` lists all flags, and README.
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import random
-import re
 import signal
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,7 +23,8 @@ import psutil
 import torch
 import tyro
 from gymnasium import spaces
-from rich import console, live, panel, progress, table
+from gymnasium.envs.registration import load_env_creator
+from rich import columns, console, live, panel, progress_bar, table
 from torch import distributed, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -43,7 +41,7 @@ class Args:
     mode: Literal["train", "eval", "sweep", "autotune"] = "train"  # train, play, search hyperparameters, measure speed
     env_id: str = "BreakoutNoFrameskip-v4"  # a Gymnasium id, pettingzoo:MODULE, or MODULE:FUNCTION that returns one
     seed: int = 1  # seed of the network, of the actions and (plus its index) of every environment
-    total_timesteps: int | None = None  # agent steps of the whole run, over all environments and ranks
+    total_timesteps: int = 10_000_000  # agent steps of the whole run, over all environments and ranks
     target_return: float = float("inf")  # stop as soon as the last 100 episodes have this mean return
     exp_name: str = "demo"  # a part of the run's name
     resume: str | None = None  # checkpoint to go on with, or to play; its arguments hold where no flag is given
@@ -53,8 +51,8 @@ class Args:
     num_workers: int = 0  # processes that share them, 0 for what the cores allow
     env_batch_size: int = 0  # environments that are waited for at a time, the first that are ready; 0 for all
     zero_copy: bool = True  # take neighbors' rows as they lie in shared memory; otherwise anyone's, copied
-    num_steps: int | None = None  # steps of each agent that an update learns from
-    num_minibatches: int | None = None  # parts that they are split into
+    num_steps: int = 128  # steps of each agent that an update learns from
+    num_minibatches: int = 4  # parts that they are split into
     update_epochs: int | None = None  # times that each is used
     learning_rate: float | None = None  # step size of Adam, at the start
     anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end
@@ -80,13 +78,15 @@ class Args:
     wandb_project_name: str = "puffer-core"  # project at Weights & Biases
     wandb_entity: str | None = None  # team at Weights & Biases; your own account by default
 
+    def expect(self, name: str, is_right: Any, expected: str) -> None:
+        """End with one line if an argument is wrong."""
+        if not is_right:
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {expected}")
+
 
 # What holds where no flag is given, by the kind of environment; for images it is what puffer_ppo_atari.py has.
-COMMON = {
-    **{"total_timesteps": 10_000_000, "num_envs": 8, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4},
-    **{"learning_rate": 1e-3, "gamma": 0.99, "gae_lambda": 0.95, "clip_coef": 0.2, "clip_vloss": False},
-    **{"ent_coef": 0.01, "reward_scale": 0.1, "hidden_size": 128},
-}
+COMMON = {"num_envs": 8, "update_epochs": 4, "learning_rate": 1e-3, "gamma": 0.99, "gae_lambda": 0.95, "clip_coef": 0.2}
+COMMON |= {"clip_vloss": False, "ent_coef": 0.01, "reward_scale": 0.1, "hidden_size": 128}
 PRESETS = {
     "images": {"hidden_size": 512, "learning_rate": 2.5e-4, "clip_coef": 0.1, "clip_vloss": True, "reward_scale": 1.0},
     "nethack": {"hidden_size": 256, "reward_scale": 1.0},
@@ -104,22 +104,17 @@ def prepare(args: Args) -> list[str]:
         raise SystemExit(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
     chosen = {name: value for name, value in (COMMON | PRESETS[kind]).items() if getattr(args, name) is None}
     vars(args).update(chosen)
-    envs, batch, per_worker = args.num_envs, args.env_batch_size, args.num_envs // max(args.num_workers, 1)
-    least, is_sync = envs * args.num_steps * WORLD_SIZE, batch in (0, envs)
     counts = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_size", "bptt_horizon")
-    for name, is_right, expected in (
-        *[(name, getattr(args, name) > 0, "at least 1") for name in (*counts, "eval_episodes", "sweep_trials")],
-        ("num_workers", args.num_workers >= 0 and envs % (args.num_workers or 1) == 0, "to divide --num-envs"),
-        ("env_batch_size", is_sync or (args.num_workers and args.vec != "serial"), "--num-workers beside it"),
-        ("env_batch_size", is_sync or batch % per_worker == 0, f"a multiple of a worker's {per_worker} environments"),
-        ("env_batch_size", is_sync or batch < envs, f"at most --num-envs {envs}"),
-        ("env_batch_size", is_sync or not args.zero_copy or envs % batch == 0, "to divide --num-envs"),
-        ("bptt_horizon", not args.use_lstm or args.num_steps % args.bptt_horizon == 0, "to divide --num-steps"),
-        ("total_timesteps", args.total_timesteps >= least, f"at least one update, {least}"),
-        ("mode", args.mode != "eval" or args.resume, "--resume CHECKPOINT beside it"),
-    ):
-        if not is_right:
-            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}")
+    for name in (*counts, "eval_episodes", "sweep_trials"):
+        args.expect(name, getattr(args, name) > 0, "at least 1")
+    steps, length = args.num_envs * envs.num_agents * args.num_steps, args.bptt_horizon if args.use_lstm else 1
+    args.expect("bptt_horizon", args.num_steps % length == 0, "to divide --num-steps")
+    args.expect("num_minibatches", args.num_minibatches * length <= steps, f"at most {steps // length}, one a sequence")
+    least = steps * WORLD_SIZE
+    args.expect("total_timesteps", args.total_timesteps >= least, f"at least one update, {least}")
+    args.expect("env_batch_size", args.vec != "serial" or not args.env_batch_size, "--vec multiprocessing beside it")
+    args.expect("mode", args.mode != "eval" or args.resume, "--resume CHECKPOINT beside it")
+    args.expect("mode", args.mode == "train" or WORLD_SIZE == 1, "one process, torchrun has more")
     if not args.quiet and RANK == 0:
         print(f"{args.env_id} ({kind}):", " ".join(f"{name}={value}" for name, value in chosen.items()))
     return list(chosen)
@@ -145,23 +140,21 @@ class NetHack(gym.Wrapper):
 
 def make_env(env_id: str, render: bool = False) -> Any:
     """Return an environment by its id; with `render`, one that can draw itself, as a picture or as text."""
-    module, _, function = env_id.partition(":")
-    family = re.split("[-/]", env_id)[0]
+    module, _, name = env_id.partition(":")
     if module == "pettingzoo":
-        return importlib.import_module(function).parallel_env(**({"render_mode": "rgb_array"} if render else {}))
-    if function and hasattr(importlib.import_module(module), function):
-        env = getattr(importlib.import_module(module), function)()
-    elif family.startswith(("MiniHack", "NetHack")):
-        importlib.import_module("minihack" if family == "MiniHack" else "nle")
-        keys = NETHACK_KEYS + SCREEN_KEYS * render
-        env = gym.make(env_id, observation_keys=keys, fix_moon_phase=True, render_mode="ansi" if render else None)
+        return load_env_creator(f"{name}:parallel_env")(**({"render_mode": "rgb_array"} if render else {}))
+    if name.isidentifier():
+        env = load_env_creator(env_id)()
+    elif env_id.startswith(("MiniHack-", "NetHack")):
+        full_id, keys = f"{'minihack' if 'MiniHack' in env_id else 'nle'}:{env_id}", NETHACK_KEYS + SCREEN_KEYS * render
+        env = gym.make(full_id, observation_keys=keys, fix_moon_phase=True, render_mode="ansi")
         env = gym.wrappers.FilterObservation(NetHack(env), NETHACK_KEYS)
     else:
-        if is_atari := family == "ALE" or "NoFrameskip" in env_id:
+        if is_atari := env_id.startswith("ALE/") or "NoFrameskip" in env_id:
             from atari_wrappers import AtariWrapper  # which makes the games known to gymnasium too
-        settings = {"frameskip": 1} if family == "ALE" else {}
-        modes = gym.make(env_id, **settings).metadata.get("render_modes", ()) if render else ()
-        env = gym.make(env_id, render_mode="rgb_array" if "rgb_array" in modes else None, **settings)
+        make = partial(gym.make, env_id, **({"frameskip": 1} if env_id.startswith("ALE/") else {}))
+        can_draw = render and "rgb_array" in make().metadata.get("render_modes", ())
+        env = make(render_mode="rgb_array" if can_draw else None)
         if is_atari:
             return AtariWrapper(env)  # which counts whole games, not lives
     return puffer_core.EpisodeStats(env) if isinstance(env, gym.Env) else env
@@ -176,13 +169,13 @@ def kind_of(space: spaces.Space, action_space: spaces.Space | None = None) -> st
     return "continuous" if isinstance(action_space, spaces.Box) else "discrete"
 
 
-def leaves_of(space: spaces.Space, value: Any = None) -> Iterator[tuple[spaces.Space, Any]]:
-    """Walk over the leaves of a space and, beside them, those of an observation; NetHack's Dict is one."""
-    if not isinstance(space, (spaces.Dict, spaces.Tuple)) or kind_of(space) == "nethack":
-        yield space, value
-        return
-    for key in space if isinstance(space, spaces.Dict) else range(len(space)):
-        yield from leaves_of(space[key], None if value is None else value[key])
+def leaves_of(nested: Any) -> list:
+    """Return the leaves of a nested space or, in the same order, of its observations; NetHack's Dict is one."""
+    if isinstance(nested, Mapping) and not set(NETHACK_KEYS) <= set(nested):
+        nested = tuple(nested.values())
+    if isinstance(nested, (tuple, spaces.Tuple)):
+        return [leaf for part in nested for leaf in leaves_of(part)]
+    return [nested]
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
@@ -203,10 +196,10 @@ class Leaf(nn.Module):
             x = x.permute(self.order).to(torch.float32, memory_format=torch.channels_last)
             return self.network(x * (1 / 255.0))
         if self.sizes:  # the rows of absent agents are zero, which may be no category
-            columns = (x.reshape(len(x), -1).long() - self.start).clamp(min=0).unbind(1)
+            columns = (x.unsqueeze(-1).flatten(1).long() - self.start).clamp(min=0).unbind(1)
             parts = [nn.functional.one_hot(column, size) for column, size in zip(columns, self.sizes)]
             return self.network(torch.cat(parts, dim=1).float())
-        return self.network((x / 255.0 if self.space.dtype == np.uint8 else symlog(x)).reshape(len(x), -1))
+        return self.network((x / 255.0 if self.space.dtype == np.uint8 else symlog(x)).unsqueeze(-1))
 
 
 class NetHackNet(nn.Module):
@@ -238,21 +231,20 @@ class Policy(nn.Module):
     def __init__(self, layout: puffer_core.Layout, action_space: spaces.Space, args: Args):
         super().__init__()
         self.layout, self.action_space, width, flat = layout, action_space, args.hidden_size, layout.flat_space
-        kinds = [(NetHackNet if kind_of(leaf) == "nethack" else Leaf, leaf) for leaf, _ in leaves_of(layout.space)]
-        self.readers = nn.ModuleList([kind(leaf, width) for kind, leaf in kinds])
+        readers = [(NetHackNet if kind_of(leaf) == "nethack" else Leaf, leaf) for leaf in leaves_of(layout.space)]
+        self.readers = nn.ModuleList([reader(leaf, width) for reader, leaf in readers])
         is_deep = kind_of(layout.space) in ("images", "nethack")
         self.rest = nn.ReLU() if is_deep else nn.Sequential(nn.Tanh(), nn.Linear(width, width), nn.Tanh())
-        self.memory = nn.LSTMCell(width, width) if args.use_lstm else None
-        if isinstance(action_space, spaces.Box):  # -1 and 1 are the bounds, where there are any
+        self.memory, self.is_bf16 = nn.LSTMCell(width, width) if args.use_lstm else None, args.precision == "bf16"
+        self.is_continuous, num_actions = isinstance(action_space, spaces.Box), np.prod(action_space.shape, dtype=int)
+        self.sizes = np.ravel(getattr(action_space, "nvec", getattr(action_space, "n", num_actions))).tolist()
+        self.center, self.radius = np.ravel(getattr(action_space, "start", 0)), 1
+        if self.is_continuous:  # -1 and 1 are the bounds, where there are any
             bounds = np.stack([action_space.low.ravel(), action_space.high.ravel()])
             low, high = np.where(np.isfinite(bounds).all(0), bounds, [[-1.0], [1.0]])
             self.center, self.radius = (high + low) / 2, (high - low) / 2
-            self.log_std, sizes = nn.Parameter(torch.zeros(len(low))), len(low)
-        else:  # one choice or several, each from a handful
-            sizes = getattr(action_space, "nvec", getattr(action_space, "n", None))
-        self.is_continuous, self.sizes = isinstance(action_space, spaces.Box), np.ravel(sizes).tolist()
+            self.log_std = nn.Parameter(torch.zeros(num_actions))
         self.actor, self.critic = nn.Linear(width, sum(self.sizes)), nn.Linear(width, 1)
-        self.is_bf16 = args.precision == "bf16"
         nothing = torch.zeros(1, 1, *flat.shape, dtype=getattr(torch, flat.dtype.name))
         self(nothing, torch.zeros(1, 2 * width), torch.zeros(1, 1, dtype=torch.bool))  # gives lazy layers their sizes
         gains = {self.actor: 0.01, self.critic: 1.0}
@@ -263,17 +255,14 @@ class Policy(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: torch.Tensor, state: Any, starts: torch.Tensor, actions: Any = None) -> tuple:
-        """Follow sequences of rows `(batch, time, *row)` from a `state`, which is forgotten wherever one `starts`.
-
-        Returns actions (sampled if none are given), their log-probabilities, entropies, values, and the last state.
-        """
+        """Follow sequences `(batch, time, *row)`; returns actions, log-probabilities, entropies, values, last state."""
         rows, num_steps = x.flatten(0, 1), x.shape[1]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_bf16):
-            leaves = [leaf for _, leaf in leaves_of(self.layout.space, self.layout.unflatten(rows))]
+            leaves = leaves_of(self.layout.unflatten(rows))
             summed = sum(read(leaf) for read, leaf in zip(self.readers, leaves))  # as one layer over all of them would
             hidden, outputs = self.rest(summed).unflatten(0, (-1, num_steps)), []
             for step in range(num_steps) if self.memory else ():
-                state = state.masked_fill(starts[:, step, None], 0.0)
+                state = state.masked_fill(starts[:, step, None], 0.0)  # an episode starts without memories
                 output, cell = self.memory(hidden[:, step], state.chunk(2, dim=1))
                 state = torch.cat([output, cell], dim=1).float()
                 outputs.append(output)
@@ -294,43 +283,35 @@ class Policy(nn.Module):
 
     def for_envs(self, actions: torch.Tensor) -> np.ndarray:
         """Turn actions `(batch, parts)` into those that the environments take."""
-        values = actions.cpu().numpy()
-        values = self.center + self.radius * values if self.is_continuous else values
-        shaped = values.reshape(len(values), *self.action_space.shape) + getattr(self.action_space, "start", 0)
-        return shaped.astype(self.action_space.dtype)
+        values = self.center + self.radius * actions.cpu().numpy()
+        return values.reshape(len(values), *self.action_space.shape).astype(self.action_space.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------- experience
 class Experience:
     """Transitions by agent row: whoever comes when, each row has a time line of its own, in segments of `num_steps`.
 
-    An update takes the oldest complete segment of every row, so that what it learns from does not depend on the order
-    in which environments were ready; quicker rows begin their next segments meanwhile. Once one has no place left, the
-    update takes the segments that are complete, and slower rows' are in a later one: nothing is lost or counts twice.
+    An update takes the oldest complete segment of every row, in whatever order environments were ready. Once a quick
+    row has no place left, it takes the segments that are complete, and others later: none is lost or counts twice.
     """
 
-    def __init__(self, num_rows: int, args: Args, policy: Policy, device: torch.device, is_async: bool):
-        self.num_steps, self.num_slots = args.num_steps, args.num_steps * (1 + is_async)
+    def __init__(self, envs: puffer_core.Serial, policy: Policy, args: Args, device: torch.device):
+        self.num_steps, space = args.num_steps, envs.single_observation_space
+        self.num_slots = args.num_steps * (2 if envs.batch_size < envs.num_envs else 1)
         self.horizon, width = (args.bptt_horizon, 2 * args.hidden_size) if args.use_lstm else (1, 0)
-        count, flat = num_rows * self.num_slots, policy.layout.flat_space
-        zeros = partial(torch.zeros, device=device)  # on the device: [row * slots + slot]
+        count, zeros = envs.num_agents * self.num_slots, partial(torch.zeros, device=device)
         parts, dtype = (policy.sizes[0], torch.float32) if policy.is_continuous else (len(policy.sizes), torch.int64)
-        self.observations = zeros(count, *flat.shape, dtype=getattr(torch, flat.dtype.name))
+        self.observations = zeros(count, *space.shape, dtype=getattr(torch, space.dtype.name))
         self.actions, self.states = zeros(count, parts, dtype=dtype), zeros(count, width)
         self.logprobs, self.values, self.next_values, self.advantages, self.returns = zeros(5, count)
         self.starts, self.trainable = zeros(2, count, dtype=torch.bool)
-        self.rewards = np.zeros((num_rows, self.num_slots), np.float32)  # here: [row, slot]
-        self.valid, self.terminated, self.ended = np.zeros((3, num_rows, self.num_slots), bool)
-        self.begun, self.complete, self.consumed = np.zeros((3, num_rows), np.int64)  # transitions since the start
+        self.rewards = np.zeros(count, np.float32)
+        self.valid, self.terminated, self.ended = np.zeros((3, count), bool)
+        self.begun, self.complete, self.consumed = np.zeros((3, envs.num_agents), np.int64)  # since the start
 
-    def finish(self, batch: puffer_core.Batch) -> None:
-        """Complete the rows' last transitions with what came of them; those of a reset land where nobody looks."""
-        rows = batch.agent_ids
-        where = rows, (self.begun[rows] - 1) % self.num_slots
-        self.rewards[where], self.terminated[where] = batch.rewards, batch.terminations
-        self.ended[where] = batch.terminations | batch.truncations
-        self.valid[where] &= batch.masks  # where an agent is gone without an end, nobody knows what its action led to
-        self.complete[rows] = self.begun[rows]
+    def place(self, rows: np.ndarray, back: int = 0) -> np.ndarray:
+        """Return where the rows' next transitions go or, one `back`, the last lie; before the first, nobody looks."""
+        return rows * self.num_slots + (self.begun[rows] - back) % self.num_slots
 
     def is_due(self, rows: np.ndarray) -> bool:
         """Tell whether all rows have a complete segment, or one of `rows`, which are to go on, has no place left."""
@@ -357,19 +338,12 @@ def estimate_advantages(rewards, values, next_values, terminated, ended, valid, 
 
 
 # -------------------------------------------------------------------------------------------------------- the trainer
-def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over all ranks, in place."""
-    if distributed.is_initialized():
-        distributed.all_reduce(tensor)
-    return tensor
-
-
 class Trainer:
     """Environments, policy, optimizer and experience of one rank: `collect` and `update` take turns."""
 
     def __init__(self, args: Args):
         self.args, self.iteration, self.global_step, self.num_episodes, self.stopping = args, 0, 0, 0, False
-        self.returns, self.episode = deque(maxlen=max(100, args.eval_episodes)), {}  # of the last episodes; of the last
+        self.returns, self.episode = deque(maxlen=100), {}  # of the last episodes; numbers of the very last
         self.seconds, self.losses, self.device = defaultdict(float), {}, torch.device("cpu")
         if torch.cuda.is_available() and args.cuda:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -377,19 +351,23 @@ class Trainer:
         if args.precision == "auto":  # where a CPU lacks these instructions, bf16 takes ten times as long as fp32
             cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
             args.precision = "bf16" if "bf16" in cpu or self.device.type == "cuda" else "fp32"
-        for seed in (random.seed, np.random.seed, torch.manual_seed):
-            seed(args.seed)  # all ranks begin with the same weights
+        torch.manual_seed(args.seed)  # all ranks begin with the same weights
         env_fns = [partial(make_env, args.env_id, render=args.mode == "eval")] * args.num_envs
         pool = {"num_workers": args.num_workers or None, "batch_size": args.env_batch_size or None}
         make = puffer_core.Serial if args.vec == "serial" else partial(puffer_core.Multiprocessing, **pool)
-        self.envs = envs = make(env_fns, zero_copy=args.zero_copy)
+        try:
+            self.envs = envs = make(env_fns, zero_copy=args.zero_copy)
+        except ValueError as error:
+            raise SystemExit(f"--num-workers, --env-batch-size: {error}") from None
         self.made_for = f"{envs.layout.space}, {envs.single_action_space}, {args.hidden_size=}, {args.use_lstm=}"
+        self.is_team = not envs.get_attr("masks")[0].all()  # agents of a team are absent before the first reset
         self.num_iterations = args.total_timesteps // (envs.num_agents * args.num_steps * WORLD_SIZE)
         self.policy = Policy(envs.layout, envs.single_action_space, args).to(self.device)
         self.model = torch.compile(self.policy, mode="reduce-overhead") if args.compile else self.policy
+        if distributed.is_initialized():
+            self.model = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.learning_rate, eps=1e-5)
-        is_async = envs.agents_per_batch < envs.num_agents
-        self.experience = Experience(envs.num_agents, args, self.policy, self.device, is_async)
+        self.experience = Experience(envs, self.policy, args, self.device)
         torch.manual_seed(args.seed + RANK)  # and draw other actions
 
     @contextlib.contextmanager
@@ -399,10 +377,11 @@ class Trainer:
         self.seconds[name] += time.perf_counter() - start
 
     def start(self) -> None:
-        count = self.envs.num_agents
-        self.state = torch.zeros_like(self.experience.states[:count])
-        self.alive, self.team_sums = np.zeros(count, bool), np.zeros((2, count))
-        self.envs.async_reset(self.args.seed + RANK * self.args.num_envs + self.global_step)
+        self.state = torch.zeros_like(self.experience.states[: self.envs.num_agents])
+        self.team_sums = np.zeros((2, self.envs.num_agents))  # of the episodes that are under way
+        seed = self.args.seed + RANK * self.args.num_envs + self.global_step
+        random.seed(seed), np.random.seed(seed % 2**32)  # for environments of this process that draw from these
+        self.envs.async_reset(seed)
         self.receive()
 
     def stop(self, *_: Any) -> None:
@@ -410,15 +389,17 @@ class Trainer:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
 
     def is_over(self) -> bool:
-        is_good = len(self.returns) >= 100 and np.mean(self.returns) >= self.args.target_return
-        is_over = is_good or self.stopping or self.iteration >= self.num_iterations
-        return bool(reduce_sum(torch.tensor(float(is_over), device=self.device)))  # ranks end together
+        is_over = self.stopping or self.iteration >= self.num_iterations
+        is_over |= len(self.returns) >= 100 and np.mean(self.returns) >= self.args.target_return
+        votes = torch.tensor(float(is_over), device=self.device)
+        if distributed.is_initialized():  # ranks end together
+            distributed.all_reduce(votes)
+        return bool(votes)
 
     def collect(self) -> bool:
         """Step environments until an update is due; returns False if asked to stop before."""
         while not (is_due := self.experience.is_due(self.rows)) and not (self.stopping and WORLD_SIZE == 1):
             self.act()
-            self.receive()
         return is_due
 
     @torch.no_grad()
@@ -427,38 +408,36 @@ class Trainer:
         with self.clock("env wait"):
             batch = self.envs.recv()
         with self.clock("copies"):
-            experience, rows = self.experience, batch.agent_ids.copy()
-            experience.finish(batch)
-            ended, was_alive = batch.terminations | batch.truncations, self.alive[rows]
+            experience, self.rows = self.experience, batch.agent_ids.copy()
+            where, last = experience.place(self.rows), experience.place(self.rows, back=1)
+            ended, was_alive = batch.terminations | batch.truncations, experience.valid[last]
             goes_on = ~ended | batch.infos.get("_final_obs", np.zeros_like(ended))
-            self.rows, self.alive[rows] = rows, batch.masks & goes_on
-            slots = np.stack([experience.begun[rows], experience.begun[rows] - 1]) % experience.num_slots
-            ids = np.stack([rows, *(rows * experience.num_slots + slots), ended | ~was_alive])
-            # One copy moves all of it, from pinned memory on CUDA
-            parts = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in (ids, batch.observations)]
-            packed = torch.from_numpy(np.concatenate(parts))
-            packed = (packed.pin_memory() if self.device.type == "cuda" else packed).to(self.device, non_blocking=True)
-            self.row_ids, self.index, self.previous, starts = packed[: ids.nbytes].view(torch.int64).view(ids.shape)
-            self.starts, dtype = starts.bool(), experience.observations.dtype
-            self.observations = packed[ids.nbytes :].view(dtype).view(batch.observations.shape)
-            self.bootstraps, truncated = None, np.flatnonzero(ended & goes_on & ~batch.terminations)
+            self.alive, ids = batch.masks & goes_on, np.stack([self.rows, where, last, ended | ~was_alive])
+            experience.rewards[last], experience.terminated[last] = batch.rewards, batch.terminations
+            experience.ended[last], experience.complete[self.rows] = ended, experience.begun[self.rows]
+            experience.valid[last] &= batch.masks  # of an agent gone without an end, nobody knows where its action led
+            observations = torch.from_numpy(batch.observations)
+            observations = observations.pin_memory() if self.device.type == "cuda" else observations
+            self.observations = observations.to(self.device, non_blocking=True)
+            self.row_ids, self.index, self.previous, starts = torch.as_tensor(ids, device=self.device)
+            self.bootstraps, self.starts = None, starts.bool()
+            truncated = np.flatnonzero(ended & goes_on & ~batch.terminations)
             if truncated.size:  # the values of their last observations are what these episodes would have had yet
-                last = torch.as_tensor(np.stack(batch.infos["final_obs"][truncated]), device=self.device)
-                where = torch.as_tensor(truncated, device=self.device)
-                starts = torch.zeros(len(where), 1, dtype=torch.bool, device=self.device)
-                self.bootstraps = where, self.policy(last[:, None], self.state[self.row_ids[where]], starts)[3][:, 0]
+                final_obs = torch.as_tensor(np.stack(batch.infos["final_obs"][truncated]), device=self.device)
+                at, starts = torch.as_tensor(truncated, device=self.device), self.starts.new_zeros(len(truncated), 1)
+                self.bootstraps = at, self.policy(final_obs[:, None], self.state[self.row_ids[at]], starts)[3][:, 0]
         self.global_step += len(self.rows) * WORLD_SIZE
         self.count_episodes(batch)
 
     def count_episodes(self, batch: puffer_core.Batch) -> None:
         """Keep statistics of episodes that have ended: of whole games from infos, of a team's agents from rewards."""
         self.team_sums[:, self.rows] += batch.rewards, batch.masks
-        is_team, infos = self.envs.num_agents > self.envs.num_envs, batch.infos.get("final_info", {})
-        for at in np.flatnonzero(batch.terminations | batch.truncations if is_team else infos.get("_episode", False)):
-            sums = dict(zip("rl", self.team_sums[:, self.rows[at]].tolist()))
-            numbers = {} if is_team else {key: values[at] for key, values in infos["episode"].items() if key[0] != "_"}
-            self.episode = {key: float(value) for key, value in (sums | numbers).items() if key != "t"}
-            self.returns.append(self.episode.pop("r"))
+        infos = {} if self.is_team else batch.infos.get("final_info", {})
+        ended = batch.terminations | batch.truncations if self.is_team else infos.get("_episode", False)
+        for at in np.flatnonzero(ended):
+            told = {key: float(values[at]) for key, values in infos.get("episode", {}).items() if key[0] != "_"}
+            self.episode = told or dict(zip("rl", self.team_sums[:, self.rows[at]].tolist()))
+            self.returns.append(self.episode["r"])
             self.num_episodes += 1
             self.team_sums[:, self.rows[at]] = 0
 
@@ -472,7 +451,7 @@ class Trainer:
         return actions[:, 0], logprobs[:, 0], values[:, 0], state
 
     def act(self) -> None:
-        """Choose actions for the batch, remember both, and send its environments to work."""
+        """Choose actions for the batch, remember both, send its environments to work, and take the next batch."""
         experience, index = self.experience, self.index
         with self.clock("inference"):
             actions, logprobs, values, state = self.think()
@@ -480,17 +459,18 @@ class Trainer:
             experience.actions[index], experience.logprobs[index], experience.values[index] = actions, logprobs, values
             experience.states[index], self.state[self.row_ids] = self.state[self.row_ids], state
             actions = self.policy.for_envs(actions)
-        experience.valid[self.rows, experience.begun[self.rows] % experience.num_slots] = self.alive[self.rows]
+        experience.valid[experience.place(self.rows)] = self.alive
         experience.begun[self.rows] += 1
         self.envs.send(actions)
+        self.receive()
 
     def prepare(self) -> torch.Tensor:
         """Take the complete segments and work out their advantages and returns; returns where they lie."""
         experience, where = self.experience, self.experience.take()
         self.think()  # for the value of the batch that has just come, and is acted on after the update
-        rewards, *flags = experience.rewards, experience.terminated, experience.ended, experience.valid
-        fields = [where, *[field.reshape(-1)[where] for field in (rewards * self.args.reward_scale, *flags)]]
-        index, rewards, *flags = [torch.as_tensor(field, device=self.device) for field in fields]
+        fields = experience.rewards * self.args.reward_scale, experience.terminated, experience.ended, experience.valid
+        parts = where, *[field[where] for field in fields]
+        index, rewards, *flags = [torch.as_tensor(part, device=self.device) for part in parts]
         values, next_values = experience.values[index], experience.next_values[index]
         advantages = estimate_advantages(rewards, values, next_values, *flags, self.args.gamma, self.args.gae_lambda)
         experience.advantages[index], experience.returns[index] = advantages, advantages + values
@@ -519,16 +499,17 @@ class Trainer:
         args, experience, kept = self.args, self.experience, self.experience.trainable[index]
         observations, actions = experience.observations[index], experience.actions[index]
         observations[~kept], actions[~kept] = 0, 0  # nothing of an absent agent's rows gets anywhere, not even NaN
-        state, starts = experience.states[index[:, 0]], experience.starts[index]
-        _, *outputs, _ = self.model(observations, state, starts, actions)
+        _, *outputs, _ = self.model(observations, experience.states[index[:, 0]], experience.starts[index], actions)
         index, newlogprob, entropy, newvalue = (part[kept] for part in (index, *outputs))
         advantages, returns, values = experience.advantages[index], experience.returns[index], experience.values[index]
 
-        # Statistics and means are those of the minibatches of all ranks together
+        # Statistics and means are those of the minibatches of all ranks together, which may be empty
         sums = torch.stack([torch.ones_like(advantages), advantages, advantages.square()]).double().sum(1)
-        count, total, squares = reduce_sum(sums)
+        if distributed.is_initialized():
+            distributed.all_reduce(sums)
+        count, total, squares = sums
         if args.norm_adv:
-            deviation = ((squares - total.square() / count) / (count - 1)).clamp(min=0).sqrt()
+            deviation = ((squares - total.square() / count) / (count - 1).clamp(min=1)).clamp(min=0).sqrt()
             advantages = ((advantages - total / count) / (deviation + 1e-8)).float()
         logratio = newlogprob - experience.logprobs[index]
         ratio = logratio.exp()
@@ -540,15 +521,11 @@ class Trainer:
         gain = torch.min(advantages * ratio, advantages * clipped_ratio)
         # Two estimates of the divergence, see http://joschu.net/blog/kl-approx.html
         figures = (-gain, 0.5 * v_error, entropy, -logratio, ratio - 1 - logratio, ratio != clipped_ratio)
-        means = torch.stack([figure.sum() for figure in figures]) / count.float()
+        means = torch.stack([figure.sum() for figure in figures]) / count.clamp(min=1).float()
 
         self.optimizer.zero_grad()
-        (means[0] + args.vf_coef * means[1] - args.ent_coef * means[2]).backward()
-        if distributed.is_initialized():
-            gradients = [parameter.grad for parameter in self.policy.parameters()]
-            flat = reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
-            for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-                gradient.copy_(part.view_as(gradient))
+        loss = means[0] + args.vf_coef * means[1] - args.ent_coef * means[2]
+        (loss * WORLD_SIZE).backward()  # which averages gradients over ranks, where a sum is due
         nn.utils.clip_grad_norm_(self.policy.parameters(), args.max_grad_norm)
         self.optimizer.step()
         return means.detach()
@@ -557,16 +534,11 @@ class Trainer:
 # -------------------------------------------------------------------------------------------------------- checkpoints
 def save(trainer: Trainer, path: Path) -> None:
     """Write a checkpoint beside the last one and put it in its place: a kill at any time leaves one of the two."""
-    name, numbers, *rest = np.random.get_state()
-    rng = {"numpy": [name, numbers.tolist(), *rest], "python": random.getstate(), "torch": torch.get_rng_state()}
     contents = {name: getattr(trainer, name) for name in ("iteration", "global_step", "num_episodes", "made_for")}
-    contents |= {"args": vars(trainer.args), "rng": rng, "returns": list(trainer.returns)}
-    contents |= {name: getattr(trainer, name).state_dict() for name in ("policy", "optimizer")}
-    with open(path.with_suffix(".part"), "wb") as file:
-        torch.save(contents, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    contents |= {"args": vars(trainer.args), "returns": list(trainer.returns), "rng": torch.get_rng_state()}
+    contents |= {"policy": trainer.policy.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+    torch.save(contents, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
 
 
 def load(path: str) -> dict[str, Any]:
@@ -581,127 +553,100 @@ def load(path: str) -> dict[str, Any]:
 
 def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
     """Go on from a checkpoint; ends with one line if it is of another environment or network."""
-    if trainer.made_for != contents["made_for"]:
-        wanted = f"expected a checkpoint for {trainer.made_for}, this one is for {contents['made_for']}"
-        raise SystemExit(f"--resume {trainer.args.resume}: {wanted}")
-    for name in ("policy", "optimizer"):
-        getattr(trainer, name).load_state_dict(contents[name])
-    for name in ("iteration", "global_step", "num_episodes"):
-        setattr(trainer, name, contents[name])
+    wanted = f"a checkpoint for {trainer.made_for}, this one is for {contents['made_for']}"
+    trainer.args.expect("resume", trainer.made_for == contents["made_for"], wanted)
+    trainer.policy.load_state_dict(contents["policy"])
+    trainer.optimizer.load_state_dict(contents["optimizer"])
+    vars(trainer).update({name: contents[name] for name in ("iteration", "global_step", "num_episodes")})
     trainer.returns.extend(contents["returns"])
-    np.random.set_state(contents["rng"]["numpy"])
-    random.setstate(contents["rng"]["python"])
-    torch.set_rng_state(contents["rng"]["torch"])
-    if WORLD_SIZE > 1:  # what was saved is rank 0's
+    torch.set_rng_state(contents["rng"])
+    if WORLD_SIZE > 1 or trainer.device.type == "cuda":  # what was saved is rank 0's, of the CPU
         torch.manual_seed(trainer.args.seed + RANK + trainer.global_step)
 
 
 # ------------------------------------------------------------------------------------------------------ the dashboard
-def sparkline(values: list[float], width: int = 12) -> str:
-    """Draw the last numbers as a line of blocks."""
-    means = np.array([part.mean() for part in np.array_split(np.array(values[-200:]), width) if len(part)])
-    heights = (means - means.min()) / (np.ptp(means) or 1.0) * 7 if len(means) else []
-    return "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
-
-
-class Dashboard:
+class Dashboard(contextlib.ExitStack):
     """Logs a run, and shows it: live on a terminal, otherwise as a line every few seconds; nothing if `quiet`."""
 
     def __init__(self, trainer: Trainer, folder: Path):
-        self.trainer, self.args, self.speeds, self.trend = trainer, trainer.args, [], []
-        self.start = self.last = time.perf_counter()
-        self.last_step, self.printed = trainer.global_step, -np.inf
-        steps, self.left = "[bold]{task.completed:,}[/] of {task.total:,} steps,", progress.TimeRemainingColumn()
-        bar = ("[bold cyan]{task.percentage:.0f}%", progress.BarColumn(None), steps, self.left, "left")
-        self.progress = progress.Progress(*bar, expand=True)
-        total = trainer.num_iterations * trainer.envs.num_agents * self.args.num_steps * WORLD_SIZE
-        self.progress.add_task("", total=total, completed=trainer.global_step)
-        self.is_live = sys.stdout.isatty() and not self.args.quiet
+        super().__init__()
+        self.trainer, self.args, self.history = trainer, trainer.args, defaultdict(list)
+        self.start, self.printed = time.perf_counter(), -np.inf
+        self.last, self.is_live = (self.start, trainer.global_step), sys.stdout.isatty() and not self.args.quiet
         if self.args.track:
             import wandb
 
             names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": folder.name}
-            wandb.init(**names, config=vars(self.args), sync_tensorboard=True)
+            wandb.init(**names, config=vars(self.args), sync_tensorboard=True, reinit="finish_previous")
         self.writer, lines = SummaryWriter(folder), [f"|{name}|{value}|" for name, value in vars(self.args).items()]
         self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *lines]))
+        self.callback(self.writer.close)
+        if self.is_live:
+            self.enter_context(live.Live(get_renderable=self.render))
 
     def log(self, is_last: bool) -> None:
         trainer, now = self.trainer, time.perf_counter()
-        self.speeds.append((trainer.global_step - self.last_step) / (now - self.last))
-        self.last, self.last_step = now, trainer.global_step
-        self.progress.update(self.progress.task_ids[0], completed=trainer.global_step)
-        charts = {"learning_rate": trainer.optimizer.param_groups[0]["lr"], "SPS": self.speeds[-1]}
-        if trainer.returns:
-            self.trend.append(float(np.mean(trainer.returns)))
-            charts |= {"episodic_return": self.trend[-1], "episodic_length": trainer.episode.get("l", 0)}
-        for group, numbers in {"charts": charts, "losses": trainer.losses}.items():
+        (then, step), self.last = self.last, (now, trainer.global_step)
+        speed = (trainer.global_step - step) / (now - then)
+        left = max(self.args.total_timesteps - trainer.global_step, 0) / max(speed, 1.0)
+        charts = {"SPS": round(speed), "episodes": trainer.num_episodes}
+        if trainer.episode:
+            charts |= {"episodic_return": np.mean(trainer.returns), "episodic_length": trainer.episode["l"]}
+        charts |= {"minutes_left": left / 60, "learning_rate": trainer.optimizer.param_groups[0]["lr"]}
+        shares = {name: 100 * seconds / (now - self.start) for name, seconds in trainer.seconds.items()}
+        system = {"CPU_percent": psutil.cpu_percent(), "memory_GiB": psutil.virtual_memory().used / 2**30}
+        if trainer.device.type == "cuda":
+            system |= {"GPU_percent": torch.cuda.utilization(), "GPU_GiB": torch.cuda.max_memory_allocated() / 2**30}
+        groups = {"charts": charts, "losses": trainer.losses, "time_percent": shares, "system": system}
+        for group, numbers in (groups | {"episode": trainer.episode}).items():
             for name, value in numbers.items():
+                self.history[group, name].append(value)
                 self.writer.add_scalar(f"{group}/{name}", value, trainer.global_step)
         if not (self.is_live or self.args.quiet) and (is_last or now - self.printed > 2):
-            self.printed, mean = now, f"{self.trend[-1]:.4g}" if self.trend else "none yet"
-            losses = " ".join(f"{name}={trainer.losses[name]:.3g}" for name in ("value_loss", "entropy", "approx_kl"))
-            step = f"global_step={trainer.global_step} SPS={self.speeds[-1]:.0f} episodic_return={mean}"
-            print(f"{step} {losses} left={self.left.render(self.progress.tasks[0])}", flush=True)
+            self.printed, names = now, ("SPS", "episodic_return", "value_loss", "entropy", "approx_kl", "minutes_left")
+            shown = [f"{name}={value:.5g}" for name, value in (charts | trainer.losses).items() if name in names]
+            print(f"global_step={trainer.global_step}", *shown, flush=True)
 
     def render(self) -> panel.Panel:
-        trainer, memory, gib = self.trainer, psutil.virtual_memory(), 2**30
-        speed = {"SPS": f"{self.speeds[-1]:,.0f}" if self.speeds else "", "": sparkline(self.speeds)}
-        used = f"{memory.used / gib:.1f}/{memory.total / gib:.0f} GiB"
-        speed |= {"CPU": f"{psutil.cpu_percent():.0f}%", "memory": used}
-        if trainer.device.type == "cuda":
-            speed["GPU"] = f"{torch.cuda.utilization()}%, {torch.cuda.max_memory_allocated() / gib:.1f} GiB"
-        episodes = {"episodes": f"{trainer.num_episodes:,}", "": sparkline(self.trend)}
-        if trainer.returns:
-            episodes |= {"return": f"{np.mean(trainer.returns):.4g}", "best": f"{max(trainer.returns):.4g}"}
-        episodes |= {{"l": "last length"}.get(name, name): f"{value:.4g}" for name, value in trainer.episode.items()}
-        seconds = {**trainer.seconds, "other": time.perf_counter() - self.start - sum(trainer.seconds.values())}
-        shares = {name: own / sum(seconds.values()) for name, own in seconds.items()}
-        times = {name: f"{own:4.0%} {'█' * round(8 * own)}" for name, own in shares.items()}
-        losses = {name.replace("_", " ")[:12]: f"{value:.3g}" for name, value in trainer.losses.items()}
-        contents = {"[green]episodes": episodes, "[cyan]speed": speed, "[yellow]time": times, "[magenta]losses": losses}
-        columns = table.Table(*[table.Column(title, ratio=1) for title in contents], expand=True, box=None)
-        rows = [[f"[dim]{name:<13}[/] [bold]{value}[/]" for name, value in part.items()] for part in contents.values()]
-        columns.add_row(*["\n".join(lines[:7]) for lines in rows])
-        title = f"[bold]{self.args.env_id}[/] on {trainer.device}, {self.args.precision}"
-        return panel.Panel(console.Group(self.progress, columns), title=title, subtitle="Ctrl-C saves and stops")
+        step, total, tables = self.trainer.global_step, self.args.total_timesteps, {}
+        for (group, name), values in list(self.history.items()):
+            parts = np.array_split(np.nan_to_num(values[-200:], posinf=0.0, neginf=0.0), 6)
+            means = np.array([part.mean() for part in parts if len(part)])
+            trend = "".join("▁▂▃▄▅▆▇█"[int(7 * height)] for height in (means - means.min()) / (np.ptp(means) or 1.0))
+            tables.setdefault(group, table.Table(group, "", "", box=None)).add_row(name, f"{values[-1]:.5g}", trend)
+        body = console.Group(progress_bar.ProgressBar(total, step), columns.Columns(tables.values()))
+        title = f"[bold]{self.args.env_id}[/], {step:,} of {total:,} steps"
+        return panel.Panel(body, title=title, subtitle=f"{self.args.precision} on {self.trainer.device}; Ctrl-C saves")
 
 
 # -------------------------------------------------------------------------------------------------------------- modes
-def folder_of(name: str) -> Path:
-    return Path("runs", re.sub(r"[^\w.-]+", "-", name))
-
-
-def train(args: Args, report: Callable[[int, float], None] = lambda step, mean: None) -> float:
-    """Train an agent; returns the mean of its last 100 returns, of which `report` hears after every update."""
-    trainer, mean = Trainer(args), -np.inf
-    path = folder_of(f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}") / "checkpoint.pt"
+def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) -> float:
+    """Train an agent; returns the mean of its last 100 returns. After every update, `report` looks at the trainer."""
+    trainer = Trainer(args)
+    path = Path("runs", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}", "checkpoint.pt")
     with contextlib.ExitStack() as stack, trainer.envs:
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.signal(number, trainer.stop))
         if args.resume:
             restore(trainer, load(args.resume))
         trainer.start()
-        dashboard = Dashboard(trainer, path.parent) if RANK == 0 else None
-        if dashboard and dashboard.is_live:
-            stack.enter_context(live.Live(get_renderable=dashboard.render))
+        dashboard = stack.enter_context(Dashboard(trainer, path.parent)) if RANK == 0 else None
         is_over = trainer.is_over()
         while not is_over and trainer.collect():
             trainer.update()
-            mean = float(np.mean(trainer.returns)) if trainer.returns else -np.inf
             is_over = trainer.is_over()
             if dashboard:
                 dashboard.log(is_over)
                 if args.checkpoint_interval and trainer.iteration % args.checkpoint_interval == 0:
                     save(trainer, path)
-            report(trainer.iteration, mean)
+            report(trainer)
         if dashboard:
             save(trainer, path)
-            dashboard.writer.close()
-    if dashboard and not args.quiet:
+    if RANK == 0 and not args.quiet:
         print(f"Saved {path}: --resume goes on with it, --mode eval --resume plays it")
     if trainer.stopping:
         raise SystemExit(130)
-    return mean
+    return float(np.mean(trainer.returns)) if trainer.returns else -np.inf
 
 
 def evaluate(args: Args) -> None:
@@ -710,74 +655,68 @@ def evaluate(args: Args) -> None:
     trainer = Trainer(dataclasses.replace(args, num_envs=1, vec="serial", env_batch_size=0, compile=False))
     with trainer.envs as envs:
         restore(trainer, contents)
-        trainer.returns.clear()
+        trainer.returns = deque()  # of all episodes
         trainer.start()
         while len(trainer.returns) < args.eval_episodes * envs.num_agents:
             if envs.render_mode and not trainer.returns:
                 frames.append(np.array(envs.render()[0]))
             trainer.act()
-            trainer.receive()
     returns, path = np.array(trainer.returns), Path(args.resume).with_name("eval.mp4")
     if frames and frames[0].ndim:
         from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
 
         ImageSequenceClip(frames, fps=envs.metadata.get("render_fps", 30)).write_videofile(str(path), logger=None)
     elif frames:  # see https://docs.asciinema.org/manual/asciicast/v2
-        screens = ["\033[H\033[2J" + str(frame).replace("\n", "\r\n") for frame in frames]
-        events = [{"version": 2, "width": 80, "height": 24}, *[[at / 5, "o", text] for at, text in enumerate(screens)]]
-        path = path.with_suffix(".cast")
-        path.write_text("".join(json.dumps(event) + "\n" for event in events))
+        path, lines = path.with_suffix(".cast"), [{"version": 2, "width": 80, "height": 24}]
+        lines += [[at / 5, "o", "\033[H\033[2J" + str(frame).replace("\n", "\r\n")] for at, frame in enumerate(frames)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(f"{len(returns)} episodes: return {returns.mean():.4g} +- {returns.std():.4g}")
     print(f"Recorded {path}" if frames else f"{args.env_id} cannot draw itself, so nothing was recorded")
 
 
-SEARCH = {  # from, to, and whether on a logarithmic scale
-    **{"learning_rate": (1e-4, 1e-2, True), "ent_coef": (1e-4, 0.1, True), "gae_lambda": (0.8, 0.99, False)},
-    **{"gamma": (0.9, 0.999, False), "clip_coef": (0.1, 0.3, False), "update_epochs": (1, 10, False)},
-}
+SEARCH = {"learning_rate": (1e-4, 1e-2), "ent_coef": (1e-4, 0.1), "gae_lambda": (0.8, 0.99), "gamma": (0.9, 0.999)}
+SEARCH |= {"clip_coef": (0.1, 0.3), "update_epochs": (1, 10)}  # from and to, on a logarithmic scale if over tenfold
 
 
 def sweep(args: Args, chosen: list[str]) -> None:
     """Search over what no flag says; the study is a file, so a search that was killed goes on when called again."""
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    folder = folder_of(f"sweep__{args.env_id}__{args.exp_name}")
+    folder = Path("runs", f"sweep__{args.env_id}__{args.exp_name}")
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"study_name": "sweep", "storage": f"sqlite:///{folder}/study.db", "load_if_exists": True}
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2)
     study = optuna.create_study(direction="maximize", pruner=pruner, **settings)
-    ended = [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
+    num_ended = sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials)
 
     def objective(trial: optuna.Trial) -> float:
-        for name, (low, high, log) in SEARCH.items():
-            suggest = trial.suggest_int if isinstance(low, int) else trial.suggest_float
-            setattr(args, name, suggest(name, low, high, log=log) if name in chosen else getattr(args, name))
+        drawn = {"mode": "train", "quiet": True, "exp_name": f"{args.exp_name}-{trial.number}"}
+        for name, (low, high) in SEARCH.items():
+            if name in chosen:
+                suggest = trial.suggest_int if isinstance(low, int) else trial.suggest_float
+                drawn[name] = suggest(name, low, high, log=high > 10 * low)
 
-        def report(step: int, mean: float) -> None:
-            trial.report(mean, step) if np.isfinite(mean) else None
+        def report(trainer: Trainer) -> None:
+            if trainer.returns:
+                trial.report(np.mean(trainer.returns), trainer.iteration)
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        return train(dataclasses.replace(args, quiet=True, exp_name=f"{args.exp_name}-{trial.number}"), report)
+        return train(dataclasses.replace(args, **drawn), report)
 
-    def tell(_: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        found = " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in trial.params.items())
-        print(f"trial {trial.number} {trial.state.name.lower()}: return {trial.value} with {found}", flush=True)
-
-    study.optimize(objective, n_trials=max(args.sweep_trials - len(ended), 0), callbacks=[tell])
+    study.optimize(objective, n_trials=max(args.sweep_trials - num_ended, 0))
     optuna.visualization.matplotlib.plot_optimization_history(study).figure.savefig(folder / "history.png")
-    print(f"{len(study.trials)} trials, drawn in {folder}/history.png; the best:")
-    tell(study, study.best_trial)
+    found = " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in study.best_params.items())
+    print(f"Best of {len(study.trials)} trials, see {folder}/history.png: return {study.best_value:.4g} with {found}")
 
 
 def autotune(args: Args, chosen: list[str]) -> None:
     """Measure ways to step this environment, policy included, and print the command of the fastest."""
-    cores, deadline, results = len(os.sched_getaffinity(0)), time.perf_counter() + 50, []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     counts = sorted({8, 4 * cores, 16 * cores, 64 * cores}) if "num_envs" in chosen else [args.num_envs]
-    pools = [(count, workers) for count in counts for workers in (cores, 2 * cores) if count % (2 * workers) == 0]
-    ways = [f"--vec serial --num-envs {count}" for count in counts]
-    for count, workers in pools:
+    pools = [(count, workers) for count in counts for workers in {cores + cores % 2, 2 * cores} if count % workers == 0]
+    ways, results, deadline = [f"--vec serial --num-envs {count}" for count in counts], [], time.perf_counter() + 50
+    for count, workers in pools:  # an even number of workers, so that half of them is some
         pool = f"--vec multiprocessing --num-envs {count} --num-workers {workers}"
         ways += [pool, f"{pool} --env-batch-size {count // 2}", f"{pool} --env-batch-size {count // 2} --no-zero-copy"]
     for way in ways:
@@ -789,7 +728,6 @@ def autotune(args: Args, chosen: list[str]) -> None:
                     start, first = time.perf_counter(), trainer.global_step
                     while time.perf_counter() - start < seconds:
                         trainer.act()
-                        trainer.receive()
             results.append(((trainer.global_step - first) / (time.perf_counter() - start), way))
             print("{:10,.0f} steps/s with {}".format(*results[-1]), flush=True)
     print(f"Fastest of {len(results)} (of {len(ways)}): python demo.py --env-id {args.env_id} {max(results)[1]}")
@@ -801,7 +739,7 @@ def main() -> None:
         args = tyro.cli(Args, default=load(args.resume)["args"])
     chosen = prepare(args)
     if WORLD_SIZE > 1:
-        distributed.init_process_group(timeout=timedelta(minutes=5))
+        distributed.init_process_group()
     modes = {"train": train, "eval": evaluate, "sweep": partial(sweep, chosen=chosen)}
     modes.get(args.mode, partial(autotune, chosen=chosen))(args)
     if WORLD_SIZE > 1:
