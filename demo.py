@@ -122,20 +122,6 @@ def prepare(args: Args) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------------- environments
 NETHACK_KEYS = ("glyphs", "blstats", "message")  # what its network reads
-SCREEN_KEYS = ("tty_chars", "tty_colors", "tty_cursor")
-
-
-class NetHack(gym.Wrapper):
-    """NetHack, seeded as other environments are (NLE itself would ask the clock), that renders its terminal as text."""
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
-        gym.Env.reset(self.unwrapped, seed=seed)
-        self.unwrapped.seed(*self.np_random.integers(2**63, size=2).tolist())
-        return self.env.reset(options=options)
-
-    def render(self) -> str:
-        screen = dict(zip(self.unwrapped._observation_keys, self.unwrapped.last_observation))
-        return sys.modules["nle.nethack"].tty_render(*[screen[key] for key in SCREEN_KEYS]).strip("\n")
 
 
 def make_env(env_id: str, render: bool = False) -> Any:
@@ -146,9 +132,11 @@ def make_env(env_id: str, render: bool = False) -> Any:
     if name.isidentifier():
         env = load_env_creator(env_id)()
     elif env_id.startswith(("MiniHack-", "NetHack")):
+        from nethack_wrappers import SCREEN_KEYS, NetHackWrapper
+
         full_id, keys = f"{'minihack' if 'MiniHack' in env_id else 'nle'}:{env_id}", NETHACK_KEYS + SCREEN_KEYS * render
         env = gym.make(full_id, observation_keys=keys, fix_moon_phase=True, render_mode="ansi")
-        env = gym.wrappers.FilterObservation(NetHack(env), NETHACK_KEYS)
+        env = gym.wrappers.FilterObservation(NetHackWrapper(env), NETHACK_KEYS)
     else:
         if is_atari := env_id.startswith("ALE/") or "NoFrameskip" in env_id:
             from atari_wrappers import AtariWrapper  # which makes the games known to gymnasium too
@@ -416,11 +404,13 @@ class Trainer:
             experience.rewards[last], experience.terminated[last] = batch.rewards, batch.terminations
             experience.ended[last], experience.complete[self.rows] = ended, experience.begun[self.rows]
             experience.valid[last] &= batch.masks  # of an agent gone without an end, nobody knows where its action led
-            observations = torch.from_numpy(batch.observations)
-            observations = observations.pin_memory() if self.device.type == "cuda" else observations
-            self.observations = observations.to(self.device, non_blocking=True)
-            self.row_ids, self.index, self.previous, starts = torch.as_tensor(ids, device=self.device)
-            self.bootstraps, self.starts = None, starts.bool()
+            # One copy moves all of it to the device, from pinned memory on CUDA
+            parts = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in (ids, batch.observations)]
+            packed = torch.from_numpy(np.concatenate(parts))
+            packed = (packed.pin_memory() if self.device.type == "cuda" else packed).to(self.device, non_blocking=True)
+            self.row_ids, self.index, self.previous, starts = packed[: ids.nbytes].view(torch.int64).view(ids.shape)
+            flat = packed[ids.nbytes :].view(experience.observations.dtype)
+            self.observations, self.starts, self.bootstraps = flat.view(batch.observations.shape), starts.bool(), None
             truncated = np.flatnonzero(ended & goes_on & ~batch.terminations)
             if truncated.size:  # the values of their last observations are what these episodes would have had yet
                 final_obs = torch.as_tensor(np.stack(batch.infos["final_obs"][truncated]), device=self.device)
