@@ -83,8 +83,8 @@ def learn(task: Task, seed: int) -> dict[str, Any]:
         for event in log.Scalars("charts/episodic_return")
     ]
     thinned = [curve[round(index * (len(curve) - 1) / (POINTS - 1))] for index in range(POINTS)]
-    speeds = [event.value for event in log.Scalars("charts/SPS")[1:]]  # the first has the start-up in it
-    sps = float(f"{statistics.median(speeds):.4g}") if speeds else None
+    speeds = [event.value for event in log.Scalars("charts/SPS")]
+    sps = float(f"{statistics.median(speeds[1:] or speeds):.4g}")  # the first has the start-up in it
     return {"seed": seed, "curve": list(dict.fromkeys(thinned)), "end": curve[-1], "sps": sps}
 
 

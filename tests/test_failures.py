@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from running import heed_ctrl_c
 
 import puffer_core
 from puffer_core import APIUsageError, Multiprocessing, Serial, WorkerError
@@ -289,8 +290,7 @@ def start_script(tmp_path, body, setup=COUNTERS, context="fork"):
     path.write_text(SCRIPT.format(body=body, setup=setup, context=context))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # What a shell runs in the background, as these tests may be, starts with Ctrl-C ignored
-    own = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    own = {"start_new_session": True, "preexec_fn": heed_ctrl_c}
     script = subprocess.Popen([sys.executable, path], cwd=ROOT, env=environment, **own, **pipes)
     scripts_started.append(script)
     workers = [int(pid) for pid in script.stdout.readline().split()]
