@@ -480,7 +480,8 @@ class Trainer:
                     sums += self.learn(sequences[chosen.to(self.device)])
             index = index[experience.trainable[index]]
             errors, returns = experience.advantages[index], experience.returns[index]
-            means = [*sums / (args.update_epochs * args.num_minibatches), 1 - errors.var() / returns.var()]
+            unexplained = errors.var(correction=0) / returns.var(correction=0)
+            means = [*sums / (args.update_epochs * args.num_minibatches), 1 - unexplained]
             names = "policy_loss value_loss entropy old_approx_kl approx_kl clipfrac explained_variance"
             self.losses, self.iteration = dict(zip(names.split(), torch.stack(means).tolist())), self.iteration + 1
 

@@ -15,6 +15,7 @@ import time
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 import torch
 import tyro
@@ -485,6 +486,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path):
         for _ in range(200):
             wait_for(lambda: path.with_suffix(".part").exists())
             os.kill(process.pid, signal.SIGSTOP)  # to look at it in peace
+            wait_for(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
             if path.with_suffix(".part").exists():
                 break
             os.kill(process.pid, signal.SIGCONT)
