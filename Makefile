@@ -10,7 +10,7 @@ help:  ## show this list
 
 setup: .venv/.ready  ## make .venv with the pinned requirements (about 2 minutes)
 
-train: .venv/.ready  ## train on Breakout, a minute or two on 2 cores; ARGS="--env-id PongNoFrameskip-v4 --seed 2" passes flags
+train: .venv/.ready  ## train on Breakout, two or three minutes on 2 cores; ARGS="--env-id PongNoFrameskip-v4 --seed 2" passes flags
 	.venv/bin/python -u puffer_ppo_atari.py --total-timesteps 24576 $(ARGS)
 	@echo "Curves of this and all other runs: .venv/bin/tensorboard --logdir runs"
 

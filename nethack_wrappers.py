@@ -5,6 +5,7 @@ from typing import Any
 import gymnasium
 from nle import nethack
 from nle.env.base import NLE
+from nle.env.tasks import NetHackChallenge
 
 SCREEN_KEYS = ("tty_chars", "tty_colors", "tty_cursor")
 
@@ -18,13 +19,15 @@ class NetHackWrapper(gymnasium.Wrapper):
     them: `gymnasium.make(..., observation_keys=(..., "screen_descriptions"))`.
 
     Raises:
-        TypeError: the environment is none of NLE's or MiniHack's.
+        TypeError: the environment is none of NLE's or MiniHack's, or one that must not be seeded.
     """
 
     def __init__(self, env: gymnasium.Env):
         """See the class."""
         if not isinstance(env.unwrapped, NLE):
             raise TypeError(f"NetHackWrapper needs an environment of NLE or MiniHack, got {env}")
+        if isinstance(env.unwrapped, NetHackChallenge):
+            raise TypeError(f"NetHackWrapper seeds every game, which NetHack's Challenge forbids, got {env}")
         super().__init__(env)
         is_asked_for = any(key.startswith("screen_descriptions") for key in env.observation_space)
         if not is_asked_for and getattr(env.unwrapped, "reward_manager", None) is None:

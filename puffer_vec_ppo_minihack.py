@@ -43,7 +43,7 @@ class Args:
     wandb_entity: str | None = None
     """team at Weights & Biases; your own account by default"""
     capture_video: bool = False
-    """record games of the first environment under videos/, one mp4 a life"""
+    """record episodes 0, 1, 8, 27, ... of the first environment under videos/, one mp4 each"""
 
     env_id: str = "MiniHack-River-v0"
     """task of MiniHack or NetHack"""
@@ -166,7 +166,9 @@ if __name__ == "__main__":
         ("num_steps", args.num_steps > 0, "at least 1"),
         ("update_epochs", args.update_epochs > 0, "at least 1"),
         ("num_minibatches", 0 < args.num_minibatches * args.minibatch_size == args.batch_size, f"to divide {batch}"),
+        ("norm_adv", args.minibatch_size > 1 or not args.norm_adv, "minibatches of two steps or more"),
         ("total_timesteps", args.num_iterations > 0, f"at least {batch}"),
+        ("seed", 0 <= args.seed < 2**31, "at least 0 and below 2**31"),
     ):
         if not is_right:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}")

@@ -4,7 +4,7 @@
     python -m benchmarks.learning --tasks "CartPole*"   # this one alone; writes nothing
 
 Runs come one after another, as each takes the whole machine. A run ends when the mean return of its last 100 episodes
-reaches the goal, or with its last step. Its seconds are those of the clock since the command was given. The last four
+reaches the goal, or with its last step. Its seconds are those of the clock since the command was given. The last six
 tasks teach nothing: their steps take 5 ms on average with a spread of 100 %, and it is the speed that matters.
 """
 
@@ -38,8 +38,9 @@ class Task(NamedTuple):
 
 TEAM = "--num-envs 16 --num-steps 25 --learning-rate 1e-3 --gamma 0.95"
 RECALL = "--env-id tests.envs:Recall --num-steps 64 --hidden-size 32 --learning-rate 5e-3"
-IN_STEP = "--num-steps 32 --total-timesteps 8192 --num-envs 8 --num-workers 8"
-FIRST_READY = "--num-steps 32 --total-timesteps 8192 --num-envs 16 --num-workers 16 --env-batch-size 8 --no-zero-copy"
+STEPS = "--num-steps 32 --total-timesteps 8192 --env-id benchmarks.environments"
+IN_STEP = "--num-envs 16 --num-workers 16"
+FIRST_READY = f"{IN_STEP} --env-batch-size 8 --no-zero-copy"
 TASKS = {
     "CartPole": Task("--env-id CartPole-v1 --total-timesteps 500000", 475),
     "Pendulum": Task("--env-id Pendulum-v1 --gamma 0.9 --total-timesteps 500000", -250),
@@ -47,10 +48,12 @@ TASKS = {
     "simple_spread, 3 agents": Task(f"--env-id pettingzoo:mpe2.simple_spread_v3 {TEAM} --total-timesteps 300000"),
     "Recall, LSTM": Task(f"{RECALL} --use-lstm --total-timesteps 50000", 0.95),
     "Recall, no memory": Task(f"{RECALL} --total-timesteps 50000", 0.95),
-    "Steps that wait": Task(f"--env-id benchmarks.environments:waiting {IN_STEP}"),
-    "Steps that wait, first-ready": Task(f"--env-id benchmarks.environments:waiting {FIRST_READY}"),
-    "Steps that work": Task(f"--env-id benchmarks.environments:working {IN_STEP}"),
-    "Steps that work, first-ready": Task(f"--env-id benchmarks.environments:working {FIRST_READY}"),
+    "Steps that wait, 8 in step": Task(f"{STEPS}:waiting --num-envs 8 --num-workers 8"),
+    "Steps that wait, 16 in step": Task(f"{STEPS}:waiting {IN_STEP}"),
+    "Steps that wait, first 8 of 16": Task(f"{STEPS}:waiting {FIRST_READY}"),
+    "Steps that work, 8 in step": Task(f"{STEPS}:working --num-envs 8 --num-workers 8"),
+    "Steps that work, 16 in step": Task(f"{STEPS}:working {IN_STEP}"),
+    "Steps that work, first 8 of 16": Task(f"{STEPS}:working {FIRST_READY}"),
 }
 
 

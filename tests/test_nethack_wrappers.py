@@ -131,3 +131,8 @@ def test_the_game_refills_its_arrays():
 def test_other_environments_are_refused():
     with pytest.raises(TypeError, match="NetHackWrapper needs an environment of NLE or MiniHack, got .*CartPole"):
         NetHackWrapper(gymnasium.make("CartPole-v1"))
+
+
+def test_a_game_that_must_not_be_seeded_is_refused():
+    with pytest.raises(TypeError, match="seeds every game, which NetHack's Challenge forbids"):
+        NetHackWrapper(gymnasium.make("NetHackChallenge-v0"))

@@ -19,6 +19,12 @@ def run(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_tests_it_names_exist():
+    named = re.findall(r"\[`(\w+)`\]\((tests/\w+\.py)\)", (ROOT / "README.md").read_text())
+    assert len(named) > 10
+    assert [name for name, path in named if f"def test_{name}(" not in (ROOT / path).read_text()] == []
+
+
 def test_emulation():
     run(BLOCKS[0] + "\nassert player_sum.shape == () and row.shape == (3,)")
 

@@ -77,6 +77,8 @@ WRONG = {
     "--num-minibatches 3": "--num-minibatches 3: expected to divide --num-envs * --num-steps, 1024",
     "--num-minibatches 0": "--num-minibatches 0: expected to divide",
     "--total-timesteps 1000": "--total-timesteps 1000: expected at least --num-envs * --num-steps, 1024",
+    "--num-envs 1 --num-steps 4": "--norm-adv True: expected minibatches of two steps or more",
+    "--seed -1": "--seed -1: expected at least 0 and below 2**31",
     "--num-envs 6 --num-workers 4": "--num-workers 4: expected to divide --num-envs",
     "--num-workers -1": "--num-workers -1: expected to divide --num-envs",
     "--num-workers 16": "--num-workers 16: expected to divide --num-envs",
