@@ -107,6 +107,7 @@ def prepare(args: Args) -> list[str]:
     counts = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_size", "bptt_horizon")
     for name in (*counts, "eval_episodes", "sweep_trials"):
         args.expect(name, getattr(args, name) > 0, "at least 1")
+    args.expect("env_id", envs.layout.flat_space.dtype.str[1:] not in ("u2", "u4", "u8"), "no uint16, uint32 or uint64")
     steps, length = args.num_envs * envs.num_agents * args.num_steps, args.bptt_horizon if args.use_lstm else 1
     args.expect("bptt_horizon", args.num_steps % length == 0, "to divide --num-steps")
     args.expect("num_minibatches", args.num_minibatches * length <= steps, f"at most {steps // length}, one a sequence")
@@ -144,8 +145,9 @@ def make_env(env_id: str, render: bool = False) -> Any:
         can_draw = render and "rgb_array" in make().metadata.get("render_modes", ())
         env = make(render_mode="rgb_array" if can_draw else None)
         if is_atari:
-            return AtariWrapper(env)  # which counts whole games, not lives
-    return puffer_core.EpisodeStats(env) if isinstance(env, gym.Env) else env
+            env = AtariWrapper(env)  # which counts whole games, not lives
+    counts = any(name in str(env) for name in ("EpisodeStat", "AtariWrapper"))  # itself; two counters would clash
+    return puffer_core.EpisodeStats(env) if isinstance(env, gym.Env) and not counts else env
 
 
 def kind_of(space: spaces.Space, action_space: spaces.Space | None = None) -> str:
@@ -272,6 +274,8 @@ class Policy(nn.Module):
     def for_envs(self, actions: torch.Tensor) -> np.ndarray:
         """Turn actions `(batch, parts)` into those that the environments take."""
         values = self.center + self.radius * actions.cpu().numpy()
+        if self.is_continuous and self.action_space.dtype.kind != "f":  # a cast would wrap around and cut off
+            values = values.round().clip(self.action_space.low.ravel(), self.action_space.high.ravel())
         return values.reshape(len(values), *self.action_space.shape).astype(self.action_space.dtype)
 
 
@@ -347,10 +351,13 @@ class Trainer:
             self.envs = envs = make(env_fns, zero_copy=args.zero_copy)
         except ValueError as error:
             raise SystemExit(f"--num-workers, --env-batch-size: {error}") from None
-        self.made_for = f"{envs.layout.space}, {envs.single_action_space}, {args.hidden_size=}, {args.use_lstm=}"
+        self.task = f"{envs.layout.space}, {envs.single_action_space}, {args.hidden_size=}, {args.use_lstm=}"
         self.is_team = not envs.get_attr("masks")[0].all()  # agents of a team are absent before the first reset
-        self.num_iterations = args.total_timesteps // (envs.num_agents * args.num_steps * WORLD_SIZE)
+        self.update_steps = envs.num_agents * args.num_steps * WORLD_SIZE
+        self.num_iterations = args.total_timesteps // self.update_steps
         self.policy = Policy(envs.layout, envs.single_action_space, args).to(self.device)
+        if "OMP_NUM_THREADS" not in os.environ and "Conv2d" not in str(self.policy):
+            torch.set_num_threads(1)  # a small network gains nothing by more, and loses all where cores are shared
         self.model = torch.compile(self.policy, mode="reduce-overhead") if args.compile else self.policy
         if distributed.is_initialized():
             self.model = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
@@ -400,7 +407,7 @@ class Trainer:
             where, last = experience.place(self.rows), experience.place(self.rows, back=1)
             ended, was_alive = batch.terminations | batch.truncations, experience.valid[last]
             goes_on = ~ended | batch.infos.get("_final_obs", np.zeros_like(ended))
-            self.alive, ids = batch.masks & goes_on, np.stack([self.rows, where, last, ended | ~was_alive])
+            self.alive, ids = batch.masks & goes_on, np.stack([self.rows, where, last, (ended & goes_on) | ~was_alive])
             experience.rewards[last], experience.terminated[last] = batch.rewards, batch.terminations
             experience.ended[last], experience.complete[self.rows] = ended, experience.begun[self.rows]
             experience.valid[last] &= batch.masks  # of an agent gone without an end, nobody knows where its action led
@@ -416,7 +423,6 @@ class Trainer:
                 final_obs = torch.as_tensor(np.stack(batch.infos["final_obs"][truncated]), device=self.device)
                 at, starts = torch.as_tensor(truncated, device=self.device), self.starts.new_zeros(len(truncated), 1)
                 self.bootstraps = at, self.policy(final_obs[:, None], self.state[self.row_ids[at]], starts)[3][:, 0]
-        self.global_step += len(self.rows) * WORLD_SIZE
         self.count_episodes(batch)
 
     def count_episodes(self, batch: puffer_core.Batch) -> None:
@@ -425,7 +431,7 @@ class Trainer:
         infos = {} if self.is_team else batch.infos.get("final_info", {})
         ended = batch.terminations | batch.truncations if self.is_team else infos.get("_episode", False)
         for at in np.flatnonzero(ended):
-            told = {key: float(values[at]) for key, values in infos.get("episode", {}).items() if key[0] != "_"}
+            told = {str(key): float(sums[at]) for key, sums in infos.get("episode", {}).items() if str(key)[:1] != "_"}
             self.episode = told or dict(zip("rl", self.team_sums[:, self.rows[at]].tolist()))
             self.returns.append(self.episode["r"])
             self.num_episodes += 1
@@ -452,6 +458,7 @@ class Trainer:
         experience.valid[experience.place(self.rows)] = self.alive
         experience.begun[self.rows] += 1
         self.envs.send(actions)
+        self.global_step += len(self.rows) * WORLD_SIZE
         self.receive()
 
     def prepare(self) -> torch.Tensor:
@@ -479,9 +486,8 @@ class Trainer:
                 for chosen in torch.randperm(len(sequences)).tensor_split(args.num_minibatches):
                     sums += self.learn(sequences[chosen.to(self.device)])
             index = index[experience.trainable[index]]
-            errors, returns = experience.advantages[index], experience.returns[index]
-            unexplained = errors.var(correction=0) / returns.var(correction=0)
-            means = [*sums / (args.update_epochs * args.num_minibatches), 1 - unexplained]
+            errors, returns = [part[index].var(0, False) for part in (experience.advantages, experience.returns)]
+            means = [*sums / (args.update_epochs * args.num_minibatches), 1 - errors / returns]
             names = "policy_loss value_loss entropy old_approx_kl approx_kl clipfrac explained_variance"
             self.losses, self.iteration = dict(zip(names.split(), torch.stack(means).tolist())), self.iteration + 1
 
@@ -525,9 +531,9 @@ class Trainer:
 # -------------------------------------------------------------------------------------------------------- checkpoints
 def save(trainer: Trainer, path: Path) -> None:
     """Write a checkpoint beside the last one and put it in its place: a kill at any time leaves one of the two."""
-    contents = {name: getattr(trainer, name) for name in ("iteration", "global_step", "num_episodes", "made_for")}
-    contents |= {"args": vars(trainer.args), "returns": list(trainer.returns), "rng": torch.get_rng_state()}
+    contents = {key: vars(trainer)[key] for key in ("iteration", "update_steps", "global_step", "num_episodes", "task")}
     contents |= {"policy": trainer.policy.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+    contents |= {"args": vars(trainer.args), "returns": list(trainer.returns), "rng": torch.get_rng_state()}
     torch.save(contents, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
 
@@ -544,11 +550,12 @@ def load(path: str) -> dict[str, Any]:
 
 def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
     """Go on from a checkpoint; ends with one line if it is of another environment or network."""
-    wanted = f"a checkpoint for {trainer.made_for}, this one is for {contents['made_for']}"
-    trainer.args.expect("resume", trainer.made_for == contents["made_for"], wanted)
+    wanted = f"a checkpoint for {trainer.task}, this one is for {contents['task']}"
+    trainer.args.expect("resume", trainer.task == contents["task"], wanted)
     trainer.policy.load_state_dict(contents["policy"])
     trainer.optimizer.load_state_dict(contents["optimizer"])
     vars(trainer).update({name: contents[name] for name in ("iteration", "global_step", "num_episodes")})
+    trainer.iteration = trainer.iteration * contents["update_steps"] // trainer.update_steps  # of this run's size
     trainer.returns.extend(contents["returns"])
     torch.set_rng_state(contents["rng"])
     if WORLD_SIZE > 1 or trainer.device.type == "cuda":  # what was saved is rank 0's, of the CPU
@@ -604,8 +611,9 @@ class Dashboard(contextlib.ExitStack):
             parts = np.array_split(np.nan_to_num(values[-200:], posinf=0.0, neginf=0.0), 6)
             means = np.array([part.mean() for part in parts if len(part)])
             trend = "".join("▁▂▃▄▅▆▇█"[int(7 * height)] for height in (means - means.min()) / (np.ptp(means) or 1.0))
-            tables.setdefault(group, table.Table(group, "", "", box=None)).add_row(name, f"{values[-1]:.5g}", trend)
-        body = console.Group(progress_bar.ProgressBar(total, step), columns.Columns(tables.values()))
+            shown = f"{values[-1]:,.0f}" if abs(values[-1]) >= 1e4 else f"{values[-1]:.4g}"
+            tables.setdefault(group, table.Table(group, "", "", box=None, pad_edge=False)).add_row(name, shown, trend)
+        body = console.Group(progress_bar.ProgressBar(total, step), "", columns.Columns(tables.values()))
         title = f"[bold]{self.args.env_id}[/], {step:,} of {total:,} steps"
         return panel.Panel(body, title=title, subtitle=f"{self.args.precision} on {self.trainer.device}; Ctrl-C saves")
 
@@ -653,6 +661,7 @@ def evaluate(args: Args) -> None:
                 frames.append(np.array(envs.render()[0]))
             trainer.act()
     returns, path = np.array(trainer.returns), Path(args.resume).with_name("eval.mp4")
+    print(f"{len(returns)} episodes: return {returns.mean():.4g} +- {returns.std():.4g}", flush=True)
     if frames and frames[0].ndim:
         from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
 
@@ -661,7 +670,6 @@ def evaluate(args: Args) -> None:
         path, lines = path.with_suffix(".cast"), [{"version": 2, "width": 80, "height": 24}]
         lines += [[at / 5, "o", "\033[H\033[2J" + str(frame).replace("\n", "\r\n")] for at, frame in enumerate(frames)]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    print(f"{len(returns)} episodes: return {returns.mean():.4g} +- {returns.std():.4g}")
     print(f"Recorded {path}" if frames else f"{args.env_id} cannot draw itself, so nothing was recorded")
 
 
@@ -706,7 +714,8 @@ def autotune(args: Args, chosen: list[str]) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     counts = sorted({8, 4 * cores, 16 * cores, 64 * cores}) if "num_envs" in chosen else [args.num_envs]
     pools = [(count, workers) for count in counts for workers in {cores + cores % 2, 2 * cores} if count % workers == 0]
-    ways, results, deadline = [f"--vec serial --num-envs {count}" for count in counts], [], time.perf_counter() + 50
+    ways = [f"--vec serial --num-envs {count}" for count in counts if count <= 32 or len(counts) == 1]
+    args, results, deadline = dataclasses.replace(args, env_batch_size=0, zero_copy=True), [], time.perf_counter() + 50
     for count, workers in pools:  # an even number of workers, so that half of them is some
         pool = f"--vec multiprocessing --num-envs {count} --num-workers {workers}"
         ways += [pool, f"{pool} --env-batch-size {count // 2}", f"{pool} --env-batch-size {count // 2} --no-zero-copy"]

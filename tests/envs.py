@@ -442,3 +442,23 @@ class OneSlow(Uneven):
         return super().step(action)
 
     most_seconds = 0.0
+
+
+class Leaver(FloatTeam):
+    """The first of two agents is cut short at step 3, while the second goes on to the end of the episode."""
+
+    def __init__(self):
+        Team.__init__(self, (("++", "++", "++", "X+", ".+", ".T"),))
+
+
+class OddInfos(Counter):
+    """Has infos under keys that are no names."""
+
+    def step(self, action):
+        *result, info = super().step(action)
+        return *result, info | {0: 1.0, "": 2.0}
+
+
+def counted():
+    """An environment made as CleanRL makes them, which counts its episodes itself."""
+    return gymnasium.wrappers.RecordEpisodeStatistics(Counter(3))

@@ -63,4 +63,4 @@ def test_torchrun_trains_logs_once_and_saves(tmp_path):
     assert len(list(tmp_path.glob("runs/*"))) == 1
     (path,) = tmp_path.glob("runs/*/checkpoint.pt")
     contents = torch.load(path, weights_only=True)
-    assert contents["iteration"] == 4 and contents["global_step"] == 2 * (4 * 64 + 4)
+    assert contents["iteration"] == 4 and contents["global_step"] == 2 * 4 * 64
