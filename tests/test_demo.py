@@ -27,6 +27,7 @@ from test_scripts import running_in_group
 
 import demo
 import puffer_core
+import vanilla_ppo_atari
 
 torch.set_num_threads(1)
 
@@ -321,6 +322,50 @@ def updated(updates, **arguments):
             trainer.collect()
             trainer.update()
         return trainer.policy.state_dict(), trainer.losses, list(trainer.returns)
+
+
+def test_an_update_is_that_of_vanilla_ppo_atari():
+    """On the real game, from the same weights and steps: with that script's network, and PPO written out plainly."""
+    sizes, game = {"num_envs": 4, "num_steps": 64}, {"env_id": "BreakoutNoFrameskip-v4", "hidden_size": 512}
+    with trainer_of(**sizes, **game, total_timesteps=10 * 256, seed=3) as trainer:
+        agent = vanilla_ppo_atari.Agent(trainer.envs)
+        for own, other in zip(trainer.policy.parameters(), agent.parameters(), strict=True):
+            other.data.copy_(own)
+        optimizer, experience = torch.optim.Adam(agent.parameters(), lr=2.5e-4, eps=1e-5), trainer.experience
+        for update in range(2):
+            trainer.collect()
+            observations, actions = experience.observations.clone(), experience.actions[:, 0].clone()
+            rewards, dones = torch.as_tensor(experience.rewards).view(4, 64), torch.as_tensor(experience.ended)
+            assert rewards.any() and dones.any()
+            with torch.no_grad():
+                _, logprobs, _, values = agent.get_action_and_value(observations, actions)
+                values, next_value = values.view(4, 64), agent.get_value(trainer.observations).view(-1)
+            advantages, last, lives_on = torch.zeros(4, 64), 0.0, 1.0 - dones.view(4, 64).float()
+            for step in reversed(range(64)):
+                delta = rewards[:, step] + 0.99 * next_value * lives_on[:, step] - values[:, step]
+                last = delta + 0.99 * 0.95 * lives_on[:, step] * last
+                advantages[:, step], next_value = last, values[:, step]
+            returns, advantages, values = (advantages + values).view(-1), advantages.view(-1), values.view(-1)
+
+            generator = torch.get_rng_state()
+            trainer.update()
+            torch.set_rng_state(generator)
+            torch.distributions.Categorical(logits=torch.zeros(4, 4)).sample()  # as for the value of the next batch
+            optimizer.param_groups[0]["lr"] = 2.5e-4 * (1 - update / 10)
+            for chosen in [part for _ in range(4) for part in torch.randperm(256).tensor_split(4)]:
+                _, new, entropy, value = agent.get_action_and_value(observations[chosen], actions[chosen])
+                ratio, gain = (new - logprobs[chosen]).exp(), advantages[chosen]
+                gain = (gain - gain.mean()) / (gain.std() + 1e-8)
+                policy_loss = torch.max(-gain * ratio, -gain * ratio.clamp(0.9, 1.1)).mean()
+                value, old, target = value.view(-1), values[chosen], returns[chosen]
+                clipped = old + (value - old).clamp(-0.1, 0.1)
+                value_loss = 0.5 * torch.max((value - target) ** 2, (clipped - target) ** 2).mean()
+                optimizer.zero_grad()
+                (policy_loss - 0.01 * entropy.mean() + 0.5 * value_loss).backward()
+                torch.nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
+                optimizer.step()
+            for own, other in zip(trainer.policy.parameters(), agent.parameters()):
+                torch.testing.assert_close(own, other, rtol=0, atol=1e-6)
 
 
 def test_one_seed_gives_one_result_bit_for_bit():
