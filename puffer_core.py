@@ -46,7 +46,7 @@ REQUESTS = (STEP, COMMAND)
 CACHE_LINE = 64  # bytes; every worker's flag has a line of its own, so no two cores fight over one
 SPIN_SECONDS = 1e-3  # wait by yielding for this long, then block: a learner needs the cores during its update
 BLOCK_SECONDS = 0.1  # a blocked process looks around this often even if nobody wakes it
-CLOSE_SECONDS = 3.0  # what workers get to close their environments before they are terminated, then killed
+CLOSE_SECONDS = 3.0  # what workers get to close their environments before they are killed
 _yield = getattr(os, "sched_yield", lambda: time.sleep(0))  # 0.6 us; on Linux, sleep(0) would take 50 to 90 us
 
 
@@ -58,8 +58,11 @@ class WorkerError(RuntimeError):
     """An environment or the worker process that runs it failed; `env_index`, `worker` and `phase` say where."""
 
     def __init__(self, env_index: int, worker: int, phase: str, cause: str):
-        super().__init__(f"environment {env_index} (worker {worker}) failed in {phase}: {cause}")
+        super().__init__(env_index, worker, phase, cause)  # what unpickling calls this with
         self.env_index, self.worker, self.phase, self.cause = env_index, worker, phase, cause
+
+    def __str__(self) -> str:
+        return f"environment {self.env_index} (worker {self.worker}) failed in {self.phase}: {self.cause}"
 
 
 # ------------------------------------------------------------------------------------------------------------ layouts
@@ -308,7 +311,10 @@ class PettingZooPufferEnv:
         self.bind(np.zeros((self.num_agents, *self.observation_space.shape), self.observation_space.dtype))
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["env"], name)
+        return getattr(self.__dict__.get("env"), name)
+
+    def __getstate__(self) -> dict:
+        raise TypeError(f"{type(self).__name__} shares the memory of its rows, so it cannot be copied or pickled")
 
     def bind(self, observations: np.ndarray) -> None:
         """From now on, write into the rows of `observations`; what `reset` and `step` return is a copy."""
@@ -394,8 +400,8 @@ class _Shard:
         self.rows = _map_rows(path, num_envs * count, env.single_observation_space, env.single_action_space, own)
         self.is_team, self.is_discrete = adapter is PettingZooPufferEnv, isinstance(env.action_space, spaces.Discrete)
         self.slices = [slice(row, row + count) for row in range(0, len(self.envs) * count, count)]
-        return [CloudpickleWrapper((env.layout.space, env.action_layout.space, env.num_agents, env.metadata,
-                                    getattr(env, "render_mode", None))) for env in self.envs]  # fmt: skip
+        return [CloudpickleWrapper((env.layout.space, env.action_layout.space, env.num_agents,
+                getattr(env, "metadata", {}), getattr(env, "render_mode", None))) for env in self.envs]  # fmt: skip
 
     def reset(self, seeds: Sequence[int | None], options: dict | None) -> list:
         rows, self.turns = self.rows, []
@@ -464,6 +470,8 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
 
     Arguments are as in `Multiprocessing`. What an environment raises comes through as it is.
     """
+
+    __getstate__ = PettingZooPufferEnv.__getstate__
 
     def __init__(self, env_fns: Sequence[Callable], zero_copy: bool = True, infos: str = "final"):
         self._shard = _Shard(env_fns, [0])
@@ -541,7 +549,7 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
     def async_reset(self, seed: int | Sequence[int | None] | None = None, options: dict | None = None) -> None:
         """Reset all environments, whatever they are doing: environment i with the seed `seed + i`, or a list's i-th."""
         if seed is None or isinstance(seed, (int, np.integer)):
-            seed = [None if seed is None else seed + index for index in range(self.num_envs)]
+            seed = [None if seed is None else int(seed) + index for index in range(self.num_envs)]
         if len(seed) != self.num_envs:
             raise ValueError(f"seed: expected an int or a list of {self.num_envs}, one an environment, got {len(seed)}")
         self._command("reset", [None if one is None else int(one) for one in seed], options)
@@ -551,11 +559,13 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         """Step the environments of the last batch with `actions`, `(agents_per_batch, *single_action_space.shape)`."""
         self._check("send")
         actions, shape, dtype = np.asarray(actions), self.action_space.shape, self.action_space.dtype
-        if actions.shape != shape or (actions.dtype != dtype and not np.can_cast(actions.dtype, dtype, "same_kind")):
-            raise APIUsageError(f"expected actions of shape {shape}, {dtype}, got {actions.shape}, {actions.dtype}")
-        self._actions[self._where], self._expected = actions, "recv"
+        if actions.shape != shape or (actions.dtype != dtype and not (np.can_cast(actions.dtype, dtype, "same_kind")
+                                      and (dtype.kind == "f" or (actions.astype(dtype) == actions).all()))):
+            raise APIUsageError(f"expected actions of shape {shape} in {dtype}, got {actions.shape}, {actions.dtype}")
+        self._actions[self._where], self._expected = actions, "async_reset"  # unless all goes well
         for worker in self._workers:
             self._request(worker, "step")
+        self._expected = "recv"
 
     def recv(self, timeout: float | None = None) -> Batch:
         """Return the batch that is ready first, `agents_per_batch` rows.
@@ -610,7 +620,7 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         self._wait()
         if name == "reset":
             self._ready.clear()  # drops the results of steps that were under way
-            self._finished = [0] * len(self._finished)
+            self._finished, self._expected = [0] * len(self._finished), "async_reset"
         for worker in range(self.num_workers):
             self._request(worker, name, per_env[worker * self._per_worker :][: self._per_worker], *shared)
         if name != "reset":
@@ -670,15 +680,16 @@ def _worker(is_main: bool, env_fns: CloudpickleWrapper, *line_arguments: Any) ->
     if is_main and hasattr(ctypes.CDLL(None), "prctl"):  # that thread never runs while C code holds the GIL
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the thread that started this worker ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # so is this; SIG_IGN would pass to programs that environments run
+    os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))  # as this would to forks
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
     limits = {"torch": "set_num_threads", "cv2": "setNumThreads", "threadpoolctl": "threadpool_limits"}
     for library in limits if "torch" in sys.modules else ("cv2", "threadpoolctl"):
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(Exception):  # not installed, or broken
             getattr(__import__(library), limits[library])(1)  # every worker has one core, not all of them
     random.seed(), np.random.seed()  # a fork starts with its parent's random state
     line = _Line(*line_arguments)
-    with contextlib.suppress(EOFError), contextlib.closing(_Shard(env_fns.fn, line.progress)) as shard:
+    with contextlib.suppress(EOFError, OSError), contextlib.closing(_Shard(env_fns.fn, line.progress)) as shard:
         for name, arguments in iter(line.next_request, None):  # an EOFError: the parent is gone
             try:
                 if name == "reset" and arguments[0][0] is not None:  # for environments that use the global generators
@@ -691,16 +702,14 @@ def _worker(is_main: bool, env_fns: CloudpickleWrapper, *line_arguments: Any) ->
 
 
 def _shut_down(lines: list[_Line], seconds: float = CLOSE_SECONDS) -> None:
-    """Ask the workers to close and wait; terminate those that do not, then kill."""
+    """Ask the workers to close and wait; kill those that do not."""
     for line in lines:
         line.worker_bell.release()
         line.connection.close()
-    for force, patience in ((None, seconds), ("terminate", 1.0), ("kill", 1.0)):
-        running, deadline = [line.process for line in lines if line.process.is_alive()], time.perf_counter() + patience
-        for process in running if force else ():
-            getattr(process, force)()
-        for process in running:
-            process.join(max(0.0, deadline - time.perf_counter()))
+    running, deadline = [line.process for line in lines if line.process.is_alive()], time.perf_counter() + seconds
+    for process in running:
+        process.join(max(0.0, deadline - time.perf_counter()))
+        process.kill(), process.join(1.0)  # nothing to one that has ended
 
 
 class Multiprocessing(Serial):
@@ -740,9 +749,15 @@ class Multiprocessing(Serial):
 
     def _request(self, worker: int, name: str, *arguments: Any) -> None:
         message, line = b"" if name == "step" else pickle.dumps((name, arguments)), self._lines[worker]
+        if line.request == "call" and line in self._busy:  # one that Ctrl-C or an unpicklable argument cut short
+            self._wait()
         self._busy.append(line)
         line.request = name
-        line.publish(COMMAND if message else STEP, line.worker_bell, message)
+        try:
+            line.publish(COMMAND if message else STEP, line.worker_bell, message)
+        except BaseException:  # Ctrl-C: the worker might wait for the rest of the message for ever
+            self.close() if message else None
+            raise
 
     def _wait(self, needed: int = sys.maxsize, timeout: float | None = None) -> None:
         """Collect replies until so many groups are ready, or no worker is busy: yield for SPIN_SECONDS, then block."""
@@ -755,7 +770,6 @@ class Multiprocessing(Serial):
                         self._fail(line)
             for line in [line for line in self._busy if line.flag[0] not in REQUESTS]:
                 self._bell.acquire(True, BLOCK_SECONDS)  # its ring; if Ctrl-C swallowed that, not for ever
-                self._busy.remove(line)
                 self._collect(line)
                 spin_start = now  # where one has finished, others are not far
             if not self._busy or len(self._ready) >= needed:
@@ -772,18 +786,23 @@ class Multiprocessing(Serial):
     def _collect(self, line: _Line) -> None:
         try:
             failure, reply = line.connection.recv() if line.flag[0] == MESSAGE else (None, ())
+            line.flag[0] = DONE  # so that, whatever interrupts the next request, nobody waits for a second message
+            self._busy.remove(line)
+            if failure is None:
+                return self._finish(line.index, line.request, reply)
         except (EOFError, OSError):
-            self._fail(line)
-        if failure is not None:
-            self._fail(line, failure)
-        self._finish(line.index, line.request, reply)
+            failure = None
+        except BaseException:  # Ctrl-C, perhaps within a message, or one that cannot be unpickled: there is no way on
+            self.close()
+            raise
+        self._fail(line, failure)
 
     def _fail(self, line: _Line, cause: str | None = None) -> None:
         """Raise a WorkerError; without a `cause`, because the process is dead."""
         if died := cause is None:
             line.process.join(1.0)
-            code = line.process.exitcode or 0
-            cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"the process exited with code {code}"
+            code, killed = line.process.exitcode or 0, {-one: f"killed by {one.name}" for one in signal.Signals}
+            cause = killed.get(code, f"the process exited with code {code}")
             if line.request == "constructor" and code == 1:
                 cause += "; under spawn and forkserver, a script needs `if __name__ == '__main__':` around what it runs"
         if died or line.request != "call":  # close fast: whoever gets the error should not have to wait for it

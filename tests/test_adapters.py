@@ -1,5 +1,8 @@
 """Single environments and teams behind flat spaces: rows, masks, actions and episode statistics."""
 
+import copy
+import pickle
+
 import gymnasium
 import numpy as np
 import pytest
@@ -147,6 +150,15 @@ def test_what_is_no_parallel_env_is_refused():
     for env in ({}, Counter()):
         with pytest.raises(TypeError, match=f"ParallelEnv.*got {type(env).__name__}"):
             PettingZooPufferEnv(env)
+
+
+def test_a_team_refuses_copies_which_would_share_its_rows():
+    env = PettingZooPufferEnv(Team())
+    for make in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            make(env)
+    with pytest.raises(AttributeError, match="seed"):
+        PettingZooPufferEnv.__new__(PettingZooPufferEnv).seed  # noqa: B018
 
 
 def test_a_real_pettingzoo_env_has_the_same_trajectory_behind_the_adapter():

@@ -4,12 +4,15 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -106,6 +109,7 @@ def check(error, seconds, where, how, env_index, worker):
     assert (error.env_index, error.worker, error.phase) == (env_index, worker, where), message
     assert f"environment {env_index}" in message and f"worker {worker}" in message and where in message
     assert re.search(CAUSES[how].format(where=where), message), message
+    assert str(pickle.loads(pickle.dumps(error))) == message
     if how == "raise":
         assert "Traceback" in message and "envs.py" in message
 
@@ -155,6 +159,17 @@ def test_a_worker_that_is_killed_between_two_calls_is_missed_at_the_next():
             assert time.perf_counter() - start < 2
 
 
+def test_signals_without_a_name_are_told_too():
+    class Shot(NoOp):
+        def step(self, action):
+            os.kill(os.getpid(), signal.SIGRTMIN + 6)
+
+    with Multiprocessing([Shot], num_workers=1) as envs:
+        envs.reset()
+        with pytest.raises(WorkerError, match=f"code -{signal.SIGRTMIN + 6}"):
+            envs.step(np.zeros(1, int))
+
+
 def test_a_failing_autoreset_is_told():
     class OneEpisode(Counter):
         def reset(self, **arguments):
@@ -200,6 +215,16 @@ def test_a_recv_that_is_interrupted_can_be_called_again():
             envs.recv()
         signal.signal(signal.SIGALRM, before)
         assert envs.recv().observations[:, 2].tolist() == [1, 1]  # an exception from outside loses nothing
+
+
+@pytest.mark.parametrize("method", ["send_bytes", "recv"])
+def test_ctrl_c_within_a_message_closes(method):
+    with Multiprocessing([patient] * 2, num_workers=2) as envs:
+        envs.reset()
+        connection = envs._lines[1].connection
+        with mock.patch.object(connection, method, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+            envs.get_attr("seed")
+        assert envs.closed and multiprocessing.active_children() == []
 
 
 # -------------------------------------------------------------------------------------------------------------- closing
@@ -361,6 +386,16 @@ def test_ctrl_c_gives_one_traceback(tmp_path, body, context):
     assert await_end(workers, 0) == []
 
 
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_a_sigterm_to_all_leaves_the_parent_its_workers(tmp_path, context):
+    setup = "import signal; told = []; signal.signal(signal.SIGTERM, lambda *_: told.append(1)); " + COUNTERS
+    body = "while not told: envs.step(np.zeros(2, int))\n    print(envs.step(np.zeros(2, int))[0][:, 0], flush=True)"
+    script, workers = start_script(tmp_path, body, setup, context)
+    os.killpg(script.pid, signal.SIGTERM)  # as `timeout`, SLURM and torchrun do it
+    output, errors = script.communicate(timeout=30)
+    assert (script.returncode, output, errors) == (0, "[1 2]\n", "") and await_end(workers, 0) == []
+
+
 @pytest.mark.parametrize("context", ["fork", "forkserver", "spawn"])
 def test_a_program_may_end_without_closing(tmp_path, context):
     script, workers = start_script(tmp_path, "envs.step(np.zeros(2, int))", context=context)
@@ -437,6 +472,12 @@ def test_a_parent_that_waits_for_slow_envs_rests():
             envs.step(np.zeros(2, int))
         share = (time.process_time() - spent) / (time.perf_counter() - start)
     assert share < 0.3
+
+
+def test_a_library_that_is_broken_does_not_keep_workers_from_starting(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", types.ModuleType("cv2"))  # has no setNumThreads
+    with Multiprocessing([patient] * 2, num_workers=2, context="fork") as envs:
+        assert envs.reset()[0][:, 1].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])

@@ -1,13 +1,18 @@
 """Serial and Multiprocessing say the same, in every way of receiving, and what they say can be worked out by hand."""
 
+import copy
 import functools
 import multiprocessing
 import os
+import pickle
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from pathlib import Path
+from unittest import mock
 
 import gymnasium
 import numpy as np
@@ -18,6 +23,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 import puffer_core
 from puffer_core import APIUsageError, EpisodeStats, GymnasiumPufferEnv, Multiprocessing, Serial, WorkerError
 from tests.envs import (
+    Actor,
     ArrayReward,
     BigInfo,
     Counter,
@@ -451,6 +457,11 @@ def test_seeds_may_be_numbers_or_lists_of_any_integer_type(backend, seed):
         assert envs.reset(seed=seed)[0][:, 0].tolist() == [7, 8]
 
 
+def test_a_seed_of_a_small_integer_type_does_not_wrap():
+    with Serial([Counter] * 2) as envs:
+        assert envs.reset(seed=np.uint8(255))[0][:, 0].tolist() == [255, 256]
+
+
 @backends
 def test_a_list_of_seeds_gives_each_env_its_own_or_none(backend):
     with backend([Counter] * 4) as envs:
@@ -685,6 +696,38 @@ def test_actions_of_another_shape_or_dtype_are_refused(backend):
 
 
 @backends
+def test_actions_that_would_wrap_are_refused(backend):
+    with backend([lambda: Actor(spaces.Box(-100, 100, (1,), np.int8))] * 2) as envs:
+        envs.reset()
+        with pytest.raises(APIUsageError, match="int8.*int64"):
+            envs.step(np.array([[1], [300]]))
+        assert envs.step(np.array([[1], [-50]]))[1].tolist() == [1, -50]  # wider integers will do where they fit
+
+
+@backends
+def test_after_a_reset_or_step_that_failed_a_reset_is_due(backend):
+    with backend([functools.partial(Counter, 99)] * 2) as envs:
+        for call in (envs.async_reset, lambda: envs.send(np.zeros(2, int))):
+            envs.reset(seed=1)
+            with mock.patch.object(envs, "_request", side_effect=ArithmeticError), pytest.raises(ArithmeticError):
+                call()
+            for refused in (envs.recv, lambda: envs.send(np.zeros(2, int))):
+                with pytest.raises(APIUsageError, match=r"async_reset\(\) is due"):
+                    refused()
+        assert envs.reset(seed=3)[0][:, 0].tolist() == [3, 4]
+
+
+@backends
+def test_copies_are_refused(backend):
+    with backend([functools.partial(Counter, 99)] * 2) as envs:
+        envs.reset(seed=1)
+        for make in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot be copied or pickled"):
+                make(envs)
+        assert envs.step(np.zeros(2, int))[0][:, 2].tolist() == [1, 1]
+
+
+@backends
 @pytest.mark.parametrize("make", [None, 3, [3], ["CartPole-v1"], [], Counter, [Counter()]], ids=str)
 def test_env_fns_that_are_no_functions_are_refused(backend, make, monkeypatch):
     ignored = []
@@ -772,6 +815,28 @@ def test_a_call_that_fails_says_so_and_spoils_nothing(backend):
             assert envs.get_attr("seed") == (1, 2)
 
 
+def test_a_team_needs_no_metadata(monkeypatch):
+    monkeypatch.delattr(Team, "metadata")
+    with Serial([Team]) as envs:
+        assert envs.metadata == {"autoreset_mode": AutoresetMode.SAME_STEP}
+
+
+@pytest.mark.parametrize("cut_short", ["unpicklable", "interrupted"])
+def test_a_call_that_is_cut_short_spoils_nothing(cut_short):
+    with Multiprocessing([functools.partial(Counter, 99)] * 4, num_workers=4) as envs:
+        envs.reset(seed=1)
+        if cut_short == "unpicklable":
+            with pytest.raises(TypeError, match="pickle"):
+                envs.set_attr("tag", [1, 2, threading.Lock(), 4])
+        else:
+            waits = [None, KeyboardInterrupt]  # first for all to be free, then for their replies
+            with mock.patch.object(envs, "_wait", side_effect=waits), pytest.raises(KeyboardInterrupt):
+                envs.call("plus", 1)
+        for step in (1, 2):
+            assert envs.step(np.zeros(4, int))[0][:, [0, 2]].tolist() == [[seed, step] for seed in (1, 2, 3, 4)]
+        assert envs.get_attr("seed") == (1, 2, 3, 4)
+
+
 @backends
 def test_teams_can_be_called(backend):
     with backend([Team] * 2) as envs:
@@ -850,6 +915,23 @@ def test_envs_may_start_processes_of_their_own():
 
     with Multiprocessing([Starter] * 2, num_workers=2, context="fork") as envs:
         assert envs.call("start") == (0, 0)
+
+
+def test_what_envs_start_can_be_terminated():
+    class Starter(Counter):
+        def start(self):
+            fork, ready = multiprocessing.get_context("fork"), multiprocessing.get_context("fork").Semaphore(0)
+            forks = [fork.Process(target=lambda: (ready.release(), time.sleep(60)), daemon=True) for _ in range(2)]
+            for process in forks:
+                process.start(), ready.acquire()
+            program = subprocess.Popen(["sleep", "60"])
+            program.terminate(), forks[0].terminate(), forks[0].join(5)
+            return program.wait(5), forks[0].exitcode  # multiprocessing itself terminates the other at the end
+
+    with Multiprocessing([Starter], context="fork") as envs:
+        assert envs.call("start") == ((-signal.SIGTERM, -signal.SIGTERM),)
+        start = time.perf_counter()
+    assert time.perf_counter() - start < 2
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs CPU affinity")
