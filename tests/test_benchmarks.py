@@ -161,7 +161,7 @@ def test_who_is_not_at_work_is_stopped():
 def test_a_killed_benchmark_leaves_no_processes():
     flags = ["--cases", "noop-8", "--contenders", "puffer_core sync", "Gymnasium Async*", "--rounds", "10000"]
     main = psutil.Popen([sys.executable, "-m", "benchmarks.vectorization", *flags], cwd=ROOT, stdout=subprocess.DEVNULL)
-    expected, deadline, processes = 2 + CORES + 8, time.monotonic() + 60, []  # hosts and workers
+    expected, deadline, processes = 2 + 1 + 8, time.monotonic() + 60, []  # hosts, and as few workers as they may have
     while len(processes) < expected and time.monotonic() < deadline:
         time.sleep(0.1)
         processes = main.children(recursive=True)
