@@ -459,6 +459,12 @@ class OddInfos(Counter):
         return *result, info | {0: 1.0, "": 2.0}
 
 
+class Depth(NoOp):
+    """Observes distances as depth cameras give them."""
+
+    observation_space = spaces.Box(0, 2**16 - 1, (4,), np.uint16)
+
+
 def counted():
     """An environment made as CleanRL makes them, which counts its episodes itself."""
     return gymnasium.wrappers.RecordEpisodeStatistics(Counter(3))

@@ -304,6 +304,27 @@ def test_actions_of_an_integer_box_are_rounded_and_kept_in_range():
     assert actions.dtype == np.uint8 and actions.tolist() == [[0, 64], [191, 255]]
 
 
+def test_a_small_network_has_one_thread_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    try:
+        torch.set_num_threads(2)
+        with trainer_of("BreakoutNoFrameskip-v4", num_envs=1):
+            assert torch.get_num_threads() == 2
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        with trainer_of("CartPole-v1"):
+            assert torch.get_num_threads() == 2
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        with trainer_of("CartPole-v1"):
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_dtype_that_torch_cannot_store_is_refused():
+    with pytest.raises(SystemExit, match="--env-id envs:Depth: expected no uint16/32/64 observation"):
+        demo.prepare(demo.Args(env_id="envs:Depth", quiet=True))
+
+
 @pytest.mark.parametrize("name", ["counted", "OddInfos"])
 def test_episodes_are_counted_once_whatever_infos_say(name):
     with trainer_of(f"envs:{name}", num_envs=2) as trainer:
@@ -710,7 +731,8 @@ def one_core():
 
 def test_autotune_measures_and_names_a_command(capsys, one_core):
     """On one core, where the workers of a pool that waits for half of its environments are two all the same."""
-    args = demo.Args(env_id="CartPole-v1", mode="autotune", num_envs=4, cuda=False, quiet=True)
+    own = {"num_envs": 4, "env_batch_size": 1}  # which no two workers of four environments could have
+    args = demo.Args(env_id="CartPole-v1", mode="autotune", cuda=False, quiet=True, **own)
     demo.autotune(args, demo.prepare(args))
     *measured, last = capsys.readouterr().out.splitlines()
     speeds = {line.partition(" with ")[2]: float(line.split()[0].replace(",", "")) for line in measured}
