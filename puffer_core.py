@@ -44,7 +44,8 @@ from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 DONE, MESSAGE, STEP, COMMAND = range(4)
 REQUESTS = (STEP, COMMAND)
 CACHE_LINE = 64  # bytes; every worker's flag has a line of its own, so no two cores fight over one
-SPIN_SECONDS = 1e-3  # wait by yielding for this long, then block: a learner needs the cores during its update
+SPIN_SECONDS = 1e-3  # yield while waiting, for so long; then, or at once if the last wait was longer, block: others
+# need the cores, a learner for its update and other workers for slow steps
 BLOCK_SECONDS = 0.1  # a blocked process looks around this often even if nobody wakes it
 CLOSE_SECONDS = 3.0  # what workers get to close their environments before they are killed
 _yield = getattr(os, "sched_yield", lambda: time.sleep(0))  # 0.6 us; on Linux, sleep(0) would take 50 to 90 us
@@ -655,7 +656,7 @@ class _Line:
         line = np.frombuffer(control, np.uint8)[index * CACHE_LINE : (index + 1) * CACHE_LINE]
         self.flag, self.progress = line[:1].data, line[8:16].view(np.int64).data  # which environment is at work
         self.index, self.connection, self.request = index, connection, "constructor"
-        self.worker_bell, self.parent_bell = worker_bell, parent_bell
+        self.worker_bell, self.parent_bell, self.waited = worker_bell, parent_bell, 0.0
 
     def publish(self, flag: int, bell: Any, message: bytes = b"") -> None:
         self.flag[0] = flag
@@ -666,10 +667,12 @@ class _Line:
 
     def next_request(self) -> tuple[str, tuple] | None:
         """As a worker, wait until the parent asks for something; None when it closes: a ring without a flag."""
-        deadline = time.perf_counter() + SPIN_SECONDS
+        start = time.perf_counter()
+        deadline = start + SPIN_SECONDS * (self.waited < SPIN_SECONDS)
         while self.flag[0] not in REQUESTS and time.perf_counter() < deadline:
             _yield()
         self.worker_bell.acquire()
+        self.waited = time.perf_counter() - start
         return self.connection.recv() if self.flag[0] == COMMAND else ("step", ()) if self.flag[0] == STEP else None
 
 
@@ -730,7 +733,7 @@ class Multiprocessing(Serial):
 
     def __init__(self, env_fns: Sequence[Callable], num_workers: int | None = None, batch_size: int | None = None,
                  zero_copy: bool = True, context: str | None = None, infos: str = "final"):
-        self._lines, self._looked = [], time.perf_counter()
+        self._lines, self._looked, self._waited = [], time.perf_counter(), 0.0
         self._stop = multiprocessing.util.Finalize(self, _shut_down, [self._lines], exitpriority=1)  # not in forks
         self._divide(env_fns, num_workers, batch_size, zero_copy, infos)
         context, is_main = multiprocessing.get_context(context), threading.current_thread() is threading.main_thread()
@@ -760,7 +763,7 @@ class Multiprocessing(Serial):
             raise
 
     def _wait(self, needed: int = sys.maxsize, timeout: float | None = None) -> None:
-        """Collect replies until so many groups are ready, or no worker is busy: yield for SPIN_SECONDS, then block."""
+        """Collect replies until so many groups are ready, or no worker is busy: yield, then block (SPIN_SECONDS)."""
         now = start = spin_start = time.perf_counter()
         while True:
             if now - self._looked > BLOCK_SECONDS:
@@ -772,13 +775,14 @@ class Multiprocessing(Serial):
                 self._bell.acquire(True, BLOCK_SECONDS)  # its ring; if Ctrl-C swallowed that, not for ever
                 self._collect(line)
                 spin_start = now  # where one has finished, others are not far
-            if not self._busy or len(self._ready) >= needed:
-                return
             now = time.perf_counter()
+            if not self._busy or len(self._ready) >= needed:
+                self._waited = now - start
+                return
             left = BLOCK_SECONDS if timeout is None else start + timeout - now
             if left <= 0:
                 raise TimeoutError(f"waited {timeout:.3g} s for workers {[line.index for line in self._busy]}")
-            if now - spin_start < SPIN_SECONDS:
+            if self._waited < SPIN_SECONDS and now - spin_start < SPIN_SECONDS:
                 _yield()
             elif self._bell.acquire(True, min(left, BLOCK_SECONDS)):
                 self._bell.release()  # for when the one that rang is collected

@@ -440,6 +440,20 @@ def test_idle_workers_rest_and_wake_quickly():
     raise AssertionError(f"share of a core, seconds of the first step: {tries}")
 
 
+def test_whoever_waited_long_blocks_at_once():
+    """A learner that takes 3 ms a step keeps all cores but for the steps: its workers do not yield for a third of it."""
+    with Multiprocessing([patient] * 2, num_workers=2) as envs:
+        envs.reset()
+        pids, before = [process.pid for process in multiprocessing.active_children()], 0.0
+        for steps in (10, 300):  # after a few of them
+            before = sum(map(cpu_seconds, pids))
+            for _ in range(steps):
+                time.sleep(3e-3)
+                envs.step(np.zeros(2, int))
+        busy = sum(map(cpu_seconds, pids)) - before
+    assert busy < 0.5 * 300 * len(pids) * puffer_core.SPIN_SECONDS, f"{busy} s for 300 steps of 2 workers"
+
+
 def test_no_wake_up_is_lost():
     """Steps and pauses of about the time after which a waiter goes to sleep: whoever missed a ring would sleep on."""
     rng, late = np.random.default_rng(0), []
