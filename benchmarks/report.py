@@ -168,6 +168,7 @@ def speed(folder: Path = RESULTS) -> str:
         "Gymnasium Async": ("Gymnasium AsyncVectorEnv",),
         "Gymnasium Sync": ("Gymnasium SyncVectorEnv",),
         "SB3 Subproc": ("SB3 SubprocVecEnv",),
+        "PufferLib": ("PufferLib",),
         "SuperSuit": ("SuperSuit",),
         "EnvPool, ALE": ("EnvPool (C++)", "ALE vector (C++)"),
     }

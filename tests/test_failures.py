@@ -441,7 +441,7 @@ def test_idle_workers_rest_and_wake_quickly():
 
 
 def test_whoever_waited_long_blocks_at_once():
-    """A learner that takes 3 ms a step keeps all cores but for the steps: its workers do not yield for a third of it."""
+    """A learner that takes 3 ms a step has the cores: its workers do not yield for a third of that."""
     with Multiprocessing([patient] * 2, num_workers=2) as envs:
         envs.reset()
         pids, before = [process.pid for process in multiprocessing.active_children()], 0.0
