@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,20 +97,33 @@ def cpu_seconds(processes: Sequence[psutil.Process]) -> float:
 
 
 def open_best(case: Case, contender: Contender, choices: list[dict], seconds: float) -> tuple[dict, Opened]:
-    """Open a contender with the settings that are fastest in short, interleaved trials."""
-    opened = [contender.open(case, **settings) for settings in choices]
-    if len(opened) > 1:
-        trials = [[] for _ in opened]
-        for _ in range(TRIALS):
-            for one, rates in zip(opened, trials):
-                measure(one, seconds / 8)
-                steps, elapsed = measure(one, seconds / 2)
-                rates.append(steps / elapsed)
-        best = max(range(len(opened)), key=lambda index: statistics.median(trials[index]))
-        for index in set(range(len(opened))) - {best}:
-            opened[index].close()
-        return choices[best], opened[best]
-    return choices[0], opened[0]
+    """Open a contender with the settings that are fastest in short, interleaved trials; the others are stopped."""
+    if len(choices) == 1:
+        return choices[0], contender.open(case, **choices[0])
+    opened, workers, trials, known = [], [], [[] for _ in choices], set()
+    for settings in choices:
+        opened.append(contender.open(case, **settings))
+        workers.append(set(psutil.Process().children(recursive=True)) - known)
+        known |= workers[-1]
+        each(workers[-1], "suspend")
+    for _ in range(TRIALS):
+        for one, own, rates in zip(opened, workers, trials):
+            each(own, "resume")
+            measure(one, seconds / 8)
+            steps, elapsed = measure(one, seconds / 2)
+            rates.append(steps / elapsed)
+            each(own, "suspend")
+    each(known, "resume")
+    best = max(range(len(opened)), key=lambda index: statistics.median(trials[index]))
+    for index in set(range(len(opened))) - {best}:
+        opened[index].close()
+    return choices[best], opened[best]
+
+
+def each(processes: Iterable[psutil.Process], call: str) -> None:
+    """Suspend or resume processes."""
+    for process in processes:
+        getattr(process, call)()
 
 
 def serve(pipe: Any, main_end: Any, case_name: str, name: str, choices: list[dict], seconds: float) -> None:
