@@ -121,9 +121,10 @@ def open_best(case: Case, contender: Contender, choices: list[dict], seconds: fl
 
 
 def each(processes: Iterable[psutil.Process], call: str) -> None:
-    """Suspend or resume processes."""
+    """Suspend or resume processes; some, such as the ones with which MiniHack makes its levels, are soon over."""
     for process in processes:
-        getattr(process, call)()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            getattr(process, call)()
 
 
 def serve(pipe: Any, main_end: Any, case_name: str, name: str, choices: list[dict], seconds: float) -> None:
