@@ -764,7 +764,7 @@ class Multiprocessing(Serial):
 
     def _wait(self, needed: int = sys.maxsize, timeout: float | None = None) -> None:
         """Collect replies until so many groups are ready, or no worker is busy: yield, then block (SPIN_SECONDS)."""
-        now = start = spin_start = time.perf_counter()
+        now = start = time.perf_counter()
         while True:
             if now - self._looked > BLOCK_SECONDS:
                 self._looked = now
@@ -774,7 +774,6 @@ class Multiprocessing(Serial):
             for line in [line for line in self._busy if line.flag[0] not in REQUESTS]:
                 self._bell.acquire(True, BLOCK_SECONDS)  # its ring; if Ctrl-C swallowed that, not for ever
                 self._collect(line)
-                spin_start = now  # where one has finished, others are not far
             now = time.perf_counter()
             if not self._busy or len(self._ready) >= needed:
                 self._waited = now - start
@@ -782,7 +781,7 @@ class Multiprocessing(Serial):
             left = BLOCK_SECONDS if timeout is None else start + timeout - now
             if left <= 0:
                 raise TimeoutError(f"waited {timeout:.3g} s for workers {[line.index for line in self._busy]}")
-            if self._waited < SPIN_SECONDS and now - spin_start < SPIN_SECONDS:
+            if max(self._waited, now - start) < SPIN_SECONDS:
                 _yield()
             elif self._bell.acquire(True, min(left, BLOCK_SECONDS)):
                 self._bell.release()  # for when the one that rang is collected

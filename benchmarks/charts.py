@@ -8,8 +8,8 @@ from matplotlib import pyplot as plt
 
 from benchmarks.records import label
 
-# Blue, two oranges and grey: told apart by every kind of color vision (Okabe and Ito, https://jfly.uni-koeln.de/color/)
-OURS, ENVPOOL, ALE, OTHERS, INK = "#0072B2", "#E69F00", "#D55E00", "#9A9A9A", "#222222"
+# Blue, two oranges, green, grey: told apart by every kind of color vision (Okabe and Ito, https://jfly.uni-koeln.de/color/)
+OURS, ENVPOOL, ALE, PUFFERLIB, OTHERS, INK = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#9A9A9A", "#222222"
 PARTS = {"env": OURS, "inference": "#56B4E9", "update": "#D5D5D5"}
 STYLE = {
     **{"backend": "agg", "font.family": "DejaVu Sans", "font.size": 10, "savefig.dpi": 130, "ytick.left": False},
@@ -35,8 +35,9 @@ def limit(result: Record) -> float | None:
 
 
 def color(record: Record) -> str:
-    """Return a row's color: this project's, those of the two in C++, or that of all others."""
-    return {"puffer_core": OURS, "EnvPool": ENVPOOL, "ALE": ALE}.get(record["contender"].split()[0], OTHERS)
+    """Return a row's color: this project's, those of the two in C++, PufferLib's, or that of all others."""
+    colors = {"puffer_core": OURS, "EnvPool": ENVPOOL, "ALE": ALE, "PufferLib": PUFFERLIB}
+    return colors.get(record["contender"].split()[0], OTHERS)
 
 
 def best(records: Sequence[Record]) -> list[Record]:
