@@ -953,6 +953,33 @@ for allowed in (cores[:1], cores):
     assert len(done.stdout.splitlines()) == 2, done.stderr
 
 
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_calls_that_only_linux_has_are_not_needed(context, tmp_path):
+    """Rows then lie in a temporary file, which the vectorizer removes at once; waiting yields by `sleep(0)`."""
+    path = tmp_path / "script.py"
+    path.write_text(f"""
+import ctypes, os
+for name in ("memfd_create", "sched_yield", "sched_getaffinity"):
+    delattr(os, name)
+ctypes.CDLL = lambda name: object()  # without prctl
+import numpy as np
+from puffer_core import Multiprocessing, Serial
+from tests.envs import Counter
+if __name__ == "__main__":
+    with Serial([Counter] * 4) as serial, Multiprocessing([Counter] * 4, num_workers=2, context="{context}") as envs:
+        assert not os.listdir({str(tmp_path / "rows")!r})
+        serial.reset(seed=1), envs.reset(seed=1)
+        for step in range(50):
+            results = [each.step(np.full(4, step % 5))[:4] for each in (serial, envs)]
+            assert all((mine == yours).all() for mine, yours in zip(*results))
+    print("equal")
+""")
+    (tmp_path / "rows").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "rows")}
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=60, cwd=ROOT, env=environment)
+    assert done.stdout == "equal\n" and not list((tmp_path / "rows").iterdir()), done.stderr
+
+
 @pytest.mark.parametrize("infos", ["final", "all"])
 def test_infos_of_ten_megabytes_are_no_obstacle(infos):
     with Multiprocessing([functools.partial(BigInfo, 2)] * 2, num_workers=2, infos=infos) as envs:
