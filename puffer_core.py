@@ -559,10 +559,14 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
     def send(self, actions: Any) -> None:
         """Step the environments of the last batch with `actions`, `(agents_per_batch, *single_action_space.shape)`."""
         self._check("send")
-        actions, shape, dtype = np.asarray(actions), self.action_space.shape, self.action_space.dtype
-        if actions.shape != shape or (actions.dtype != dtype and not (np.can_cast(actions.dtype, dtype, "same_kind")
-                                      and (dtype.kind == "f" or (actions.astype(dtype) == actions).all()))):
-            raise APIUsageError(f"expected actions of shape {shape} in {dtype}, got {actions.shape}, {actions.dtype}")
+        actions, space = np.asarray(actions), self.action_space
+        fits = actions.shape == space.shape
+        if fits and actions.dtype != space.dtype:  # floats may be rounded, integers have to stay what they are
+            fits = np.can_cast(actions.dtype, space.dtype, "same_kind")
+            fits = fits and (space.dtype.kind == "f" or (actions.astype(space.dtype) == actions).all())
+        if not fits:
+            expected = f"expected actions of shape {space.shape} in {space.dtype}"
+            raise APIUsageError(f"{expected}, got {actions.shape}, {actions.dtype}")
         self._actions[self._where], self._expected = actions, "async_reset"  # unless all goes well
         for worker in self._workers:
             self._request(worker, "step")
