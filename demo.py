@@ -183,8 +183,8 @@ class Leaf(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_image:
-            x = x.permute(self.order).to(torch.float32, memory_format=torch.channels_last)
-            return self.network(x * (1 / 255.0))
+            x = x.permute(self.order).contiguous(memory_format=torch.channels_last)  # as bytes, that is quicker
+            return self.network(x.float() * (1 / 255.0))
         if self.sizes:  # the rows of absent agents are zero, which may be no category
             columns = (x.unsqueeze(-1).flatten(1).long() - self.start).clamp(min=0).unbind(1)
             parts = [nn.functional.one_hot(column, size) for column, size in zip(columns, self.sizes)]
@@ -361,7 +361,7 @@ class Trainer:
         self.model = torch.compile(self.policy, mode="reduce-overhead") if args.compile else self.policy
         if distributed.is_initialized():
             self.model = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
-        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.learning_rate, eps=1e-5)
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         self.experience = Experience(envs, self.policy, args, self.device)
         torch.manual_seed(args.seed + RANK)  # and draw other actions
 
