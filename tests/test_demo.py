@@ -14,6 +14,7 @@ import sys
 import time
 
 import cv2
+import gymnasium
 import numpy as np
 import psutil
 import pytest
@@ -387,6 +388,33 @@ def test_an_update_is_that_of_vanilla_ppo_atari():
                 optimizer.step()
             for own, other in zip(trainer.policy.parameters(), agent.parameters()):
                 torch.testing.assert_close(own, other, rtol=0, atol=1e-6)
+
+
+def test_a_rollout_is_what_vanilla_ppo_atari_would_play():
+    """On the real game, with the same actions, over two updates: frames, rewards, ends, scores, log-probabilities."""
+    envs = gymnasium.vector.SyncVectorEnv(
+        [vanilla_ppo_atari.make_env("BreakoutNoFrameskip-v4", index, False, "") for index in range(4)],
+        autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP,
+    )
+    game = {"env_id": "BreakoutNoFrameskip-v4", "num_steps": 96, "vec": "multiprocessing", "seed": 3}
+    with trainer_of(**game) as trainer, contextlib.closing(envs):
+        (observations, _), scores, experience = envs.reset(seed=3), [], trainer.experience
+        for _ in range(2):
+            trainer.collect()
+            for at in np.arange(4 * 96).reshape(4, 96).T:  # where the steps of the same time lie
+                assert np.array_equal(experience.observations[at], observations)
+                rows, nothing = experience.observations[at][:, None], torch.zeros(4, 0)
+                actions, starts = experience.actions[at], torch.zeros(4, 1, dtype=torch.bool)
+                _, logprobs, _, values, _ = trainer.policy(rows, nothing, starts, actions[:, None])
+                torch.testing.assert_close(logprobs[:, 0], experience.logprobs[at], rtol=0, atol=1e-5)
+                torch.testing.assert_close(values[:, 0], experience.values[at], rtol=0, atol=1e-5)
+                observations, rewards, terminations, _, infos = envs.step(actions[:, 0].numpy())
+                assert np.array_equal(experience.rewards[at], rewards)
+                assert np.array_equal(experience.terminated[at], terminations)
+                told = infos.get("final_info", {}).get("episode", {"r": (), "_r": ()})
+                scores += [float(score) for score, is_told in zip(told["r"], told["_r"]) if is_told]
+            trainer.update()
+        assert scores == list(trainer.returns) and scores
 
 
 def test_one_seed_gives_one_result_bit_for_bit():
