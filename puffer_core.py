@@ -44,8 +44,8 @@ from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 DONE, MESSAGE, STEP, COMMAND = range(4)
 REQUESTS = (STEP, COMMAND)
 CACHE_LINE = 64  # bytes; every worker's flag has a line of its own, so no two cores fight over one
-SPIN_SECONDS = 1e-3  # yield while waiting, for so long; then, or at once if the last wait was longer, block: others
-# need the cores, a learner for its update and other workers for slow steps
+# Who waits yields for this long and then blocks, or blocks at once if the last wait took longer: others need the cores
+SPIN_SECONDS = 1e-3
 BLOCK_SECONDS = 0.1  # a blocked process looks around this often even if nobody wakes it
 CLOSE_SECONDS = 3.0  # what workers get to close their environments before they are killed
 _yield = getattr(os, "sched_yield", lambda: time.sleep(0))  # 0.6 us; on Linux, sleep(0) would take 50 to 90 us

@@ -1,6 +1,6 @@
 """How many agent steps a second every vectorizer gives: same environments, same actions, side by side.
 
-    python -m benchmarks.vectorization                    # all cases, about 20 minutes
+    python -m benchmarks.vectorization                    # all cases, about 25 minutes
     python -m benchmarks.vectorization --quick            # some cases for a short while each, at most 2 minutes
     python -m benchmarks.vectorization --cases "noop-*"   # these anew; the files of the others stay as they are
 

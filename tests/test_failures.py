@@ -444,8 +444,8 @@ def test_whoever_waited_long_blocks_at_once():
     """A learner that takes 3 ms a step has the cores: its workers do not yield for a third of that."""
     with Multiprocessing([patient] * 2, num_workers=2) as envs:
         envs.reset()
-        pids, before = [process.pid for process in multiprocessing.active_children()], 0.0
-        for steps in (10, 300):  # after a few of them
+        pids = [process.pid for process in multiprocessing.active_children()]
+        for steps in (10, 300):  # the first few tell the workers how long waits are
             before = sum(map(cpu_seconds, pids))
             for _ in range(steps):
                 time.sleep(3e-3)
