@@ -21,9 +21,8 @@ FRAME_SKIP, STACK_SIZE, SCREEN_SIZE = 4, 4, 84
 class AtariWrapper(gymnasium.Wrapper):
     """Fuses no-op start, FIRE start, frame skip, max-pooling, resizing, stacking, life episodes and sign rewards.
 
-    It drives the emulator itself, since `AtariEnv.step` copies a colour screen each frame that nobody looks at. That
-    steps over what gymnasium.make puts around the emulator: the checkers rest, and `max_episode_steps` goes to the
-    emulator as its limit on frames a game (no-ops included), which is what it meant before.
+    It drives the emulator itself, since `AtariEnv.step` copies a colour screen each frame that nobody looks at, and so
+    steps over what gymnasium.make puts around it: `max_episode_steps` becomes the emulator's limit on frames a game.
 
     - `reset()` right after a lost life goes on with the same game; any other `reset` starts a new one.
     - `terminated` means a life or the game was lost, `truncated` that the game met its frame limit.
@@ -32,16 +31,12 @@ class AtariWrapper(gymnasium.Wrapper):
       that `reset` starts the next game and its info carries the ended one's numbers.
 
     Args:
-        env: What gymnasium.make returns for a `*NoFrameskip-v4` id, or an `ALE/*-v5` id with `frameskip=1`.
-        noop_max: A new game starts with 1 to `noop_max` no-op frames; 0 means none.
-
-    Raises:
-        TypeError: `env` is no Atari environment, or a wrapper sits between which would be stepped over unnoticed.
-        ValueError: The Atari environment has settings this wrapper cannot honour.
+        env: What gymnasium.make returns for a `*NoFrameskip-v4` id, or an `ALE/*-v5` id with `frameskip=1`. TypeError:
+            it is no Atari environment, or a wrapper sits between; ValueError: its settings cannot be honoured.
+        noop_max: A new game starts with 1 to `noop_max` no-op frames; 0 means none. ValueError: it is negative.
     """
 
     def __init__(self, env: gymnasium.Env, noop_max: int = 30):
-        """See the class."""
         _check_is_raw_atari(env)
         if noop_max < 0:
             raise ValueError(f"AtariWrapper needs noop_max >= 0, got {noop_max}; 0 turns the no-op start off")
@@ -49,27 +44,27 @@ class AtariWrapper(gymnasium.Wrapper):
         self.observation_space = gymnasium.spaces.Box(0, 255, (STACK_SIZE, SCREEN_SIZE, SCREEN_SIZE), np.uint8)
         # The console draws 60 frames a second and a video gets one per step: so it runs at the game's own pace.
         self.metadata = {**env.metadata, "render_fps": 60 // FRAME_SKIP}
-        self.noop_max, self._atari = noop_max, env.unwrapped
-        self._actions = self._atari._action_set
+        self.noop_max, self._atari, self._actions = noop_max, env.unwrapped, env.unwrapped._action_set
         # Some games stand still until FIRE is pressed, after each lost life too.
         self._start_action = self._actions[self._atari.get_action_meanings()[:2] == ["NOOP", "FIRE"]]
         if env.spec and env.spec.max_episode_steps:
             own_limit = self._atari.ale.getInt("max_num_frames_per_episode") or np.inf  # 0: no limit
             self._atari.ale.setInt("max_num_frames_per_episode", min(env.spec.max_episode_steps, own_limit))
             self._atari.load_game()  # when the emulator reads its settings
-        self._newest, self._second_newest = np.zeros((2, *self._atari.ale.getScreenDims()), np.uint8)
+        self._newest, self._second_newest, self._drawn = np.zeros((3, *self._atari.ale.getScreenDims()), np.uint8)
         self._stack = np.zeros(self.observation_space.shape, np.uint8)
+        # 210 rows shrink in bands, 5 rows to 2, whatever the other bands hold; no other height has so exact a ratio.
+        self._band = (5, 2) if len(self._newest) == 210 else (len(self._newest), SCREEN_SIZE)
         self._lives, self._life_lost, self._needs_reset = 0, False, True
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Goes on with the next life if one was just lost and no seed is given, else starts a new game."""
-        info = {}
-        same_game = self._life_lost and seed is None
-        if same_game:
+        info, goes_on = {}, self._life_lost and seed is None
+        if goes_on:
             self._press(self._start_action)
             if self._atari.ale.game_over():
-                same_game, info["episode"] = False, self._statistics()
-        if not same_game:
+                goes_on, info["episode"] = False, self._statistics()
+        if not goes_on:
             self._start_game(seed, options)
         self._life_lost = self._needs_reset = False
         self._draw()
@@ -129,8 +124,14 @@ class AtariWrapper(gymnasium.Wrapper):
         return reward, life_lost
 
     def _draw(self) -> None:
-        """Shrinks the newest screen into the stack's last place (in place: `dst` has the right size and type)."""
-        cv2.resize(self._newest, (SCREEN_SIZE, SCREEN_SIZE), dst=self._stack[-1], interpolation=cv2.INTER_AREA)
+        """Shrinks the newest screen into the stack's last place, the rows that differ from the screen drawn last."""
+        (rows, shrunk), width = self._band, self._newest.shape[1]
+        changed = (self._newest != self._drawn).tobytes()  # a byte a pixel
+        first, stop = changed.find(1) // width // rows, changed.rfind(1) // width // rows + 1
+        if stop:  # Breakout: 40 us, where all of the screen takes 110; Enduro: 90
+            source, target = self._newest[first * rows : stop * rows], self._stack[-1, first * shrunk : stop * shrunk]
+            cv2.resize(source, target.shape[::-1], dst=target, interpolation=cv2.INTER_AREA)  # in place, as it fits
+            self._drawn[:] = self._newest
 
     def _statistics(self) -> dict:
         return {"r": float(self._score), "l": self._length, "t": time.perf_counter() - self._start_time}
@@ -143,8 +144,7 @@ def _check_is_raw_atari(env) -> None:
         env = env.env
     if not isinstance(env, AtariEnv):
         raise TypeError(f"AtariWrapper needs a raw Atari environment, got {type(env).__name__}: {env}; {remedy}")
-    required = {"frameskip": (1,), "obs_type": ("rgb", "grayscale"), "continuous": (False,), "sound_obs": (False,)}
-    settings = (env._frameskip, env._obs_type, env.continuous, env.sound_obs)
-    for (name, allowed), got in zip(required.items(), settings, strict=True):
-        if got not in allowed:
-            raise ValueError(f"AtariWrapper needs {name}={allowed[0]!r}, got {name}={got!r} in {env}; {remedy}")
+    required = {"_frameskip": [1], "_obs_type": ["rgb", "grayscale"], "continuous": [False], "sound_obs": [False]}
+    for name, allowed in required.items():
+        if (got := getattr(env, name)) not in allowed:
+            raise ValueError(f"AtariWrapper needs {name.strip('_')}={allowed[0]!r}, got {got!r} in {env}; {remedy}")
