@@ -111,8 +111,7 @@ def prepare(args: Args) -> list[str]:
     steps, length = args.num_envs * envs.num_agents * args.num_steps, args.bptt_horizon if args.use_lstm else 1
     args.expect("bptt_horizon", args.num_steps % length == 0, "to divide --num-steps")
     args.expect("num_minibatches", args.num_minibatches * length <= steps, f"at most {steps // length}, one a sequence")
-    least = steps * WORLD_SIZE
-    args.expect("total_timesteps", args.total_timesteps >= least, f"at least one update, {least}")
+    args.expect("total_timesteps", args.total_timesteps >= (one := steps * WORLD_SIZE), f"at least one update, {one}")
     args.expect("env_batch_size", args.vec != "serial" or not args.env_batch_size, "--vec multiprocessing beside it")
     args.expect("mode", args.mode != "eval" or args.resume, "--resume CHECKPOINT beside it")
     args.expect("mode", args.mode == "train" or WORLD_SIZE == 1, "one process, torchrun has more")
@@ -144,8 +143,7 @@ def make_env(env_id: str, render: bool = False) -> Any:
         make = partial(gym.make, env_id, **({"frameskip": 1} if env_id.startswith("ALE/") else {}))
         can_draw = render and "rgb_array" in make().metadata.get("render_modes", ())
         env = make(render_mode="rgb_array" if can_draw else None)
-        if is_atari:
-            env = AtariWrapper(env)  # which counts whole games, not lives
+        env = AtariWrapper(env) if is_atari else env  # which counts whole games, not lives
     counts = any(name in str(env) for name in ("EpisodeStat", "AtariWrapper"))  # itself; two counters would clash
     return puffer_core.EpisodeStats(env) if isinstance(env, gym.Env) and not counts else env
 
@@ -184,7 +182,7 @@ class Leaf(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_image:
             x = x.permute(self.order).contiguous(memory_format=torch.channels_last)  # as bytes, that is quicker
-            return self.network(x.float() * (1 / 255.0))
+            return self.network(x.float().mul_(1 / 255.0))
         if self.sizes:  # the rows of absent agents are zero, which may be no category
             columns = (x.unsqueeze(-1).flatten(1).long() - self.start).clamp(min=0).unbind(1)
             parts = [nn.functional.one_hot(column, size) for column, size in zip(columns, self.sizes)]
@@ -411,9 +409,8 @@ class Trainer:
             experience.rewards[last], experience.terminated[last] = batch.rewards, batch.terminations
             experience.ended[last], experience.complete[self.rows] = ended, experience.begun[self.rows]
             experience.valid[last] &= batch.masks  # of an agent gone without an end, nobody knows where its action led
-            # One copy moves all of it to the device, from pinned memory on CUDA
             parts = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in (ids, batch.observations)]
-            packed = torch.from_numpy(np.concatenate(parts))
+            packed = torch.from_numpy(np.concatenate(parts))  # one copy to the device, from pinned memory on CUDA
             packed = (packed.pin_memory() if self.device.type == "cuda" else packed).to(self.device, non_blocking=True)
             self.row_ids, self.index, self.previous, starts = packed[: ids.nbytes].view(torch.int64).view(ids.shape)
             flat = packed[ids.nbytes :].view(experience.observations.dtype)
@@ -448,7 +445,9 @@ class Trainer:
 
     def act(self) -> None:
         """Choose actions for the batch, remember both, send its environments to work, and take the next batch."""
-        experience, index = self.experience, self.index
+        experience, index, most = self.experience, self.index, torch.get_num_threads()
+        # Few rows gain nothing by more threads, which would still spin when the workers need the cores
+        torch.set_num_threads(min(most, max(1, len(self.rows) // 16)))
         with self.clock("inference"):
             actions, logprobs, values, state = self.think()
             experience.observations[index], experience.starts[index] = self.observations, self.starts
@@ -460,6 +459,7 @@ class Trainer:
         self.envs.send(actions)
         self.global_step += len(self.rows) * WORLD_SIZE
         self.receive()
+        torch.set_num_threads(most)
 
     def prepare(self) -> torch.Tensor:
         """Take the complete segments and work out their advantages and returns; returns where they lie."""

@@ -321,6 +321,21 @@ def test_a_small_network_has_one_thread_unless_told_otherwise(monkeypatch):
         torch.set_num_threads(1)
 
 
+def test_few_rows_are_thought_about_in_one_thread_and_learned_from_in_all():
+    """Threads that torch leaves spinning after a small batch would keep the workers from their cores."""
+    try:
+        torch.set_num_threads(2)
+        few = {"num_envs": 2, "num_steps": 2, "num_minibatches": 1, "update_epochs": 1}
+        with trainer_of("BreakoutNoFrameskip-v4", **few) as trainer:
+            seen = []
+            trainer.policy.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+            assert trainer.collect()
+            trainer.update()
+            assert seen == [1, 1, 2, 2]  # two steps; the values of what came after them, and a minibatch
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_a_dtype_that_torch_cannot_store_is_refused():
     with pytest.raises(SystemExit, match="--env-id envs:Depth: expected no uint16/32/64 observation"):
         demo.prepare(demo.Args(env_id="envs:Depth", quiet=True))
