@@ -61,7 +61,7 @@ ENVIRONMENTS = {
     "spin-spread": Environment("100 us, 100 % spread", partial(environments.Spin, spread=True), 4),
     "spin-reset": Environment("100 us, slow resets", partial(environments.Spin, slow_reset=True), 4),
     "minihack": Environment("MiniHack River", environments.minihack, 8, sizes=(8, 48), seconds=0.02),
-    "breakout": Environment("Breakout", environments.breakout, 4, seconds=0.2),
+    "breakout": Environment("Breakout", environments.breakout, 4, seconds=0.5),
     "spread": Environment("simple_spread, 3 agents", environments.spread, 5, num_agents=3),
 }
 SWEEP = (1, 2, 4, 8, 16)

@@ -119,7 +119,7 @@ def test_a_wrong_flag_is_told_in_a_line(flags, message):
     assert done.returncode == 1 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("quick, most", [(True, 120), (False, 20 * 60)])
+@pytest.mark.parametrize("quick, most", [(True, 120), (False, 30 * 60)])
 def test_the_plan_fits_the_time(quick, most):
     args = vectorization.Args(quick=quick)
     plan = vectorization.plan_of(args)
