@@ -126,7 +126,7 @@ class AtariWrapper(gymnasium.Wrapper):
     def _draw(self) -> None:
         """Shrinks the newest screen into the stack's last place, the rows that differ from the screen drawn last."""
         (rows, shrunk), width = self._band, self._newest.shape[1]
-        changed = (self._newest != self._drawn).tobytes()  # a byte a pixel
+        changed = (self._newest != self._drawn).tobytes()  # a byte a pixel; where no 1 is found, `stop` is 0
         first, stop = changed.find(1) // width // rows, changed.rfind(1) // width // rows + 1
         if stop:  # Breakout: 40 us, where all of the screen takes 110; Enduro: 90
             source, target = self._newest[first * rows : stop * rows], self._stack[-1, first * shrunk : stop * shrunk]
