@@ -128,7 +128,7 @@ class AtariWrapper(gymnasium.Wrapper):
         (rows, shrunk), width = self._band, self._newest.shape[1]
         changed = (self._newest != self._drawn).tobytes()  # a byte a pixel; where no 1 is found, `stop` is 0
         first, stop = changed.find(1) // width // rows, changed.rfind(1) // width // rows + 1
-        if stop:  # Breakout: 40 us, where all of the screen takes 110; Enduro: 90
+        if stop:  # with what precedes it 35 us on Breakout, where all of the screen takes 73
             source, target = self._newest[first * rows : stop * rows], self._stack[-1, first * shrunk : stop * shrunk]
             cv2.resize(source, target.shape[::-1], dst=target, interpolation=cv2.INTER_AREA)  # in place, as it fits
             self._drawn[:] = self._newest

@@ -367,6 +367,7 @@ def test_an_update_is_that_of_vanilla_ppo_atari():
     with trainer_of(**sizes, **game, total_timesteps=10 * 256, seed=3) as trainer:
         agent = vanilla_ppo_atari.Agent(trainer.envs)
         for own, other in zip(trainer.policy.parameters(), agent.parameters(), strict=True):
+            torch.testing.assert_close(own.norm(), other.norm())  # orthogonal, of one gain: they begin alike
             other.data.copy_(own)
         optimizer, experience = torch.optim.Adam(agent.parameters(), lr=2.5e-4, eps=1e-5), trainer.experience
         for update in range(2):
