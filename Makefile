@@ -21,7 +21,7 @@ lint: .venv/.ready  ## check style and spelling
 	.venv/bin/ruff check .
 	.venv/bin/codespell
 
-bench: .venv/.ready  ## measure speed, about 30 minutes with nothing else running, and draw; ARGS="--quick" for a first look
+bench: .venv/.ready  ## measure speed, about 35 minutes with nothing else running, and draw; ARGS="--quick" for a first look
 	-.venv/bin/python $(PIP) --no-deps pufferlib-core==3.0.23  # a rival whose own pins do not go with ours
 	.venv/bin/python -m benchmarks.vectorization $(ARGS)
 	.venv/bin/python -m benchmarks.emulation $(ARGS)

@@ -37,7 +37,6 @@ WORLD_SIZE, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RAN
 @dataclasses.dataclass
 class Args:
     """Train an agent on any environment; watch one play; search hyperparameters; find the fastest way to step."""
-
     mode: Literal["train", "eval", "sweep", "autotune"] = "train"  # train, play, search hyperparameters, measure speed
     env_id: str = "BreakoutNoFrameskip-v4"  # a Gymnasium id, pettingzoo:MODULE, or MODULE:FUNCTION that returns one
     seed: int = 1  # seed of the network, of the actions and (plus its index) of every environment
@@ -104,9 +103,10 @@ def prepare(args: Args) -> list[str]:
         raise SystemExit(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
     chosen = {name: value for name, value in (COMMON | PRESETS[kind]).items() if getattr(args, name) is None}
     vars(args).update(chosen)
-    counts = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_size", "bptt_horizon")
-    for name in (*counts, "eval_episodes", "sweep_trials"):
-        args.expect(name, getattr(args, name) > 0, "at least 1")
+    least = dict.fromkeys("num_envs num_steps num_minibatches update_epochs hidden_size bptt_horizon".split(), 1)
+    least |= {"eval_episodes": 1, "sweep_trials": 1, "seed": 0, "learning_rate": 0, "clip_coef": 0}
+    for name, number in least.items():
+        args.expect(name, getattr(args, name) >= number, f"at least {number}")
     args.expect("env_id", envs.layout.flat_space.dtype.str[1:] not in ("u2", "u4", "u8"), "no uint16/32/64 observation")
     steps, length = args.num_envs * envs.num_agents * args.num_steps, args.bptt_horizon if args.use_lstm else 1
     args.expect("bptt_horizon", args.num_steps % length == 0, "to divide --num-steps")
@@ -115,6 +115,7 @@ def prepare(args: Args) -> list[str]:
     args.expect("env_batch_size", args.vec != "serial" or not args.env_batch_size, "--vec multiprocessing beside it")
     args.expect("mode", args.mode != "eval" or args.resume, "--resume CHECKPOINT beside it")
     args.expect("mode", args.mode == "train" or WORLD_SIZE == 1, "one process, torchrun has more")
+    args.expect("mode", args.mode != "sweep" or SEARCH.keys() & chosen, f"no flag for one of {', '.join(SEARCH)}")
     if not args.quiet and RANK == 0:
         print(f"{args.env_id} ({kind}):", " ".join(f"{name}={value}" for name, value in chosen.items()))
     return list(chosen)
@@ -131,9 +132,9 @@ def make_env(env_id: str, render: bool = False) -> Any:
         return load_env_creator(f"{name}:parallel_env")(**({"render_mode": "rgb_array"} if render else {}))
     if name.isidentifier():
         env = load_env_creator(env_id)()
+        env = env.env if isinstance(env, puffer_core.GymnasiumPufferEnv) else env  # all are made flat later, and once
     elif env_id.startswith(("MiniHack-", "NetHack")):
         from nethack_wrappers import SCREEN_KEYS, NetHackWrapper
-
         full_id, keys = f"{'minihack' if 'MiniHack' in env_id else 'nle'}:{env_id}", NETHACK_KEYS + SCREEN_KEYS * render
         env = gym.make(full_id, observation_keys=keys, fix_moon_phase=True, render_mode="ansi")
         env = gym.wrappers.FilterObservation(NetHackWrapper(env), NETHACK_KEYS)
@@ -175,7 +176,7 @@ class Leaf(nn.Module):
         sizes = getattr(space, "nvec", getattr(space, "n", ())) if not isinstance(space, spaces.MultiBinary) else ()
         self.space, self.sizes, self.is_image = space, np.ravel(sizes).tolist(), kind_of(space) == "images"
         self.order = (0, 3, 1, 2) if self.is_image and space.shape[2] < space.shape[0] else (0, 1, 2, 3)
-        self.register_buffer("start", torch.as_tensor(np.ravel(getattr(space, "start", 0))))
+        self.starts = np.ravel(getattr(space, "start", 0)).tolist()
         first = convolutions((32, 8, 4), (64, 4, 2), (64, 3, 1)) if self.is_image else nn.Flatten()
         self.network = nn.Sequential(first, nn.LazyLinear(width))
 
@@ -184,8 +185,8 @@ class Leaf(nn.Module):
             x = x.permute(self.order).contiguous(memory_format=torch.channels_last)  # as bytes, that is quicker
             return self.network(x.float().mul_(1 / 255.0))
         if self.sizes:  # the rows of absent agents are zero, which may be no category
-            columns = (x.unsqueeze(-1).flatten(1).long() - self.start).clamp(min=0).unbind(1)
-            parts = [nn.functional.one_hot(column, size) for column, size in zip(columns, self.sizes)]
+            columns = zip(x.unsqueeze(-1).flatten(1).long().unbind(1), self.starts, self.sizes)
+            parts = [nn.functional.one_hot((one - start).clamp(0, size - 1), size) for one, start, size in columns]
             return self.network(torch.cat(parts, dim=1).float())
         return self.network((x / 255.0 if self.space.dtype == np.uint8 else symlog(x)).unsqueeze(-1))
 
@@ -216,14 +217,14 @@ def symlog(x: torch.Tensor) -> torch.Tensor:
 class Policy(nn.Module):
     """Actor and critic, with or without a memory, over the network that fits the observations."""
 
-    def __init__(self, layout: puffer_core.Layout, action_space: spaces.Space, args: Args):
+    def __init__(self, layout: puffer_core.Layout, action_space: spaces.Space, args: Args, is_bf16: bool = False):
         super().__init__()
         self.layout, self.action_space, width, flat = layout, action_space, args.hidden_size, layout.flat_space
         readers = [(NetHackNet if kind_of(leaf) == "nethack" else Leaf, leaf) for leaf in leaves_of(layout.space)]
         self.readers = nn.ModuleList([reader(leaf, width) for reader, leaf in readers])
         is_deep = kind_of(layout.space) in ("images", "nethack")
         self.rest = nn.ReLU() if is_deep else nn.Sequential(nn.Tanh(), nn.Linear(width, width), nn.Tanh())
-        self.memory, self.is_bf16 = nn.LSTMCell(width, width) if args.use_lstm else None, args.precision == "bf16"
+        self.memory, self.is_bf16 = nn.LSTMCell(width, width) if args.use_lstm else None, is_bf16
         self.is_continuous, num_actions = isinstance(action_space, spaces.Box), np.prod(action_space.shape, dtype=int)
         self.sizes = np.ravel(getattr(action_space, "nvec", getattr(action_space, "n", num_actions))).tolist()
         self.center, self.radius = np.ravel(getattr(action_space, "start", 0)), 1
@@ -248,13 +249,13 @@ class Policy(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_bf16):
             leaves = leaves_of(self.layout.unflatten(rows))
             summed = sum(read(leaf) for read, leaf in zip(self.readers, leaves))  # as one layer over all of them would
-            hidden, outputs = self.rest(summed).unflatten(0, (-1, num_steps)), []
-            for step in range(num_steps) if self.memory else ():
-                state = state.masked_fill(starts[:, step, None], 0.0)  # an episode starts without memories
-                output, cell = self.memory(hidden[:, step], state.chunk(2, dim=1))
-                state = torch.cat([output, cell], dim=1).float()
-                outputs.append(output)
-        hidden = (torch.stack(outputs, dim=1) if self.memory else hidden).float()
+            hidden, outputs = self.rest(summed).unflatten(0, (-1, num_steps)).float(), []
+        for step in range(num_steps) if self.memory else ():
+            state = state.masked_fill(starts[:, step, None], 0.0)  # an episode starts without memories
+            output, cell = self.memory(hidden[:, step], state.chunk(2, dim=1))
+            state = torch.cat([output, cell], dim=1)
+            outputs.append(output)
+        hidden = torch.stack(outputs, dim=1) if self.memory else hidden
         return (*self.act(self.actor(hidden), actions), self.critic(hidden)[..., 0], state)
 
     def act(self, parameters: torch.Tensor, actions: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -334,13 +335,13 @@ class Trainer:
     def __init__(self, args: Args):
         self.args, self.iteration, self.global_step, self.num_episodes, self.stopping = args, 0, 0, 0, False
         self.returns, self.episode = deque(maxlen=100), {}  # of the last episodes; numbers of the very last
-        self.seconds, self.losses, self.device = defaultdict(float), {}, torch.device("cpu")
+        self.seconds, self.losses, self.learned, self.device = defaultdict(float), {}, 0, torch.device("cpu")
         if torch.cuda.is_available() and args.cuda:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
-        if args.precision == "auto":  # where a CPU lacks these instructions, bf16 takes ten times as long as fp32
-            cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-            args.precision = "bf16" if "bf16" in cpu or self.device.type == "cuda" else "fp32"
+        cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+        has_bf16 = torch.cuda.is_bf16_supported(False) if self.device.type == "cuda" else "bf16" in cpu
+        self.precision = args.precision if args.precision != "auto" else "bf16" if has_bf16 else "fp32"
         torch.manual_seed(args.seed)  # all ranks begin with the same weights
         env_fns = [partial(make_env, args.env_id, render=args.mode == "eval")] * args.num_envs
         pool = {"num_workers": args.num_workers or None, "batch_size": args.env_batch_size or None}
@@ -351,14 +352,13 @@ class Trainer:
             raise SystemExit(f"--num-workers, --env-batch-size: {error}") from None
         self.task = f"{envs.layout.space}, {envs.single_action_space}, {args.hidden_size=}, {args.use_lstm=}"
         self.is_team = not envs.get_attr("masks")[0].all()  # agents of a team are absent before the first reset
-        self.update_steps = envs.num_agents * args.num_steps * WORLD_SIZE
-        self.num_iterations = args.total_timesteps // self.update_steps
-        self.policy = Policy(envs.layout, envs.single_action_space, args).to(self.device)
+        self.total_steps = args.total_timesteps // (one := envs.num_agents * args.num_steps * WORLD_SIZE) * one
+        self.policy = Policy(envs.layout, envs.single_action_space, args, self.precision == "bf16").to(self.device)
         if "OMP_NUM_THREADS" not in os.environ and "Conv2d" not in str(self.policy):
             torch.set_num_threads(1)  # a small network gains nothing by more, and loses all where cores are shared
         self.model = torch.compile(self.policy, mode="reduce-overhead") if args.compile else self.policy
         if distributed.is_initialized():
-            self.model = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.model = nn.parallel.DistributedDataParallel(self.model)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         self.experience = Experience(envs, self.policy, args, self.device)
         torch.manual_seed(args.seed + RANK)  # and draw other actions
@@ -382,7 +382,7 @@ class Trainer:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
 
     def is_over(self) -> bool:
-        is_over = self.stopping or self.iteration >= self.num_iterations
+        is_over = self.stopping or self.learned >= self.total_steps
         is_over |= len(self.returns) >= 100 and np.mean(self.returns) >= self.args.target_return
         votes = torch.tensor(float(is_over), device=self.device)
         if distributed.is_initialized():  # ranks end together
@@ -420,13 +420,13 @@ class Trainer:
                 final_obs = torch.as_tensor(np.stack(batch.infos["final_obs"][truncated]), device=self.device)
                 at, starts = torch.as_tensor(truncated, device=self.device), self.starts.new_zeros(len(truncated), 1)
                 self.bootstraps = at, self.policy(final_obs[:, None], self.state[self.row_ids[at]], starts)[3][:, 0]
-        self.count_episodes(batch)
+        self.count_episodes(batch, was_alive)
 
-    def count_episodes(self, batch: puffer_core.Batch) -> None:
+    def count_episodes(self, batch: puffer_core.Batch, acted: np.ndarray) -> None:
         """Keep statistics of episodes that have ended: of whole games from infos, of a team's agents from rewards."""
-        self.team_sums[:, self.rows] += batch.rewards, batch.masks
+        self.team_sums[:, self.rows] += acted * (batch.rewards, batch.masks)
         infos = {} if self.is_team else batch.infos.get("final_info", {})
-        ended = batch.terminations | batch.truncations if self.is_team else infos.get("_episode", False)
+        ended = acted & (batch.terminations | batch.truncations) if self.is_team else infos.get("_episode", False)
         for at in np.flatnonzero(ended):
             told = {str(key): float(sums[at]) for key, sums in infos.get("episode", {}).items() if str(key)[:1] != "_"}
             self.episode = told or dict(zip("rl", self.team_sums[:, self.rows[at]].tolist()))
@@ -456,7 +456,8 @@ class Trainer:
             actions = self.policy.for_envs(actions)
         experience.valid[experience.place(self.rows)] = self.alive
         experience.begun[self.rows] += 1
-        self.envs.send(actions)
+        with self.clock("env wait"):  # Serial steps here
+            self.envs.send(actions)
         self.global_step += len(self.rows) * WORLD_SIZE
         self.receive()
         torch.set_num_threads(most)
@@ -475,21 +476,25 @@ class Trainer:
         return index
 
     def update(self) -> None:
-        args, experience, sums = self.args, self.experience, torch.zeros(6, device=self.device)
+        args, experience, sums = self.args, self.experience, torch.zeros(7, device=self.device)
         with self.clock("update"):
             index = self.prepare()
-            left = 1 - self.iteration / self.num_iterations if args.anneal_lr else 1.0
+            left = 1 - self.learned / self.total_steps if args.anneal_lr else 1.0
             self.optimizer.param_groups[0]["lr"] = args.learning_rate * left
             sequences = index.view(-1, experience.horizon)
             sequences = sequences[experience.trainable[sequences].any(1)]
+            sums[6] = index.numel()
             for _ in range(args.update_epochs):
                 for chosen in torch.randperm(len(sequences)).tensor_split(args.num_minibatches):
-                    sums += self.learn(sequences[chosen.to(self.device)])
+                    sums[:6] += self.learn(sequences[chosen.to(self.device)])
+            if distributed.is_initialized():
+                distributed.all_reduce(sums)
             index = index[experience.trainable[index]]
             errors, returns = [part[index].var(0, False) for part in (experience.advantages, experience.returns)]
-            means = [*sums / (args.update_epochs * args.num_minibatches), 1 - errors / returns]
+            means = [*sums[:6] / (args.update_epochs * args.num_minibatches), 1 - errors / returns]
             names = "policy_loss value_loss entropy old_approx_kl approx_kl clipfrac explained_variance"
             self.losses, self.iteration = dict(zip(names.split(), torch.stack(means).tolist())), self.iteration + 1
+            self.learned += int(sums[6])  # which ends a run, as ranks and first-ready updates differ in size
 
     def learn(self, index: torch.Tensor) -> torch.Tensor:
         """Take one gradient step on a minibatch of sequences, `(sequences, horizon)`; returns what to log."""
@@ -499,7 +504,6 @@ class Trainer:
         _, *outputs, _ = self.model(observations, experience.states[index[:, 0]], experience.starts[index], actions)
         index, newlogprob, entropy, newvalue = (part[kept] for part in (index, *outputs))
         advantages, returns, values = experience.advantages[index], experience.returns[index], experience.values[index]
-
         # Statistics and means are those of the minibatches of all ranks together, which may be empty
         sums = torch.stack([torch.ones_like(advantages), advantages, advantages.square()]).double().sum(1)
         if distributed.is_initialized():
@@ -519,9 +523,8 @@ class Trainer:
         # Two estimates of the divergence, see http://joschu.net/blog/kl-approx.html
         figures = (-gain, 0.5 * v_error, entropy, -logratio, ratio - 1 - logratio, ratio != clipped_ratio)
         means = torch.stack([figure.sum() for figure in figures]) / count.clamp(min=1).float()
-
-        self.optimizer.zero_grad()
         loss = means[0] + args.vf_coef * means[1] - args.ent_coef * means[2]
+        self.optimizer.zero_grad()
         (loss * WORLD_SIZE).backward()  # which averages gradients over ranks, where a sum is due
         nn.utils.clip_grad_norm_(self.policy.parameters(), args.max_grad_norm)
         self.optimizer.step()
@@ -531,7 +534,7 @@ class Trainer:
 # -------------------------------------------------------------------------------------------------------- checkpoints
 def save(trainer: Trainer, path: Path) -> None:
     """Write a checkpoint beside the last one and put it in its place: a kill at any time leaves one of the two."""
-    contents = {key: vars(trainer)[key] for key in ("iteration", "update_steps", "global_step", "num_episodes", "task")}
+    contents = {key: vars(trainer)[key] for key in ("iteration", "learned", "global_step", "num_episodes", "task")}
     contents |= {"policy": trainer.policy.state_dict(), "optimizer": trainer.optimizer.state_dict()}
     contents |= {"args": vars(trainer.args), "returns": list(trainer.returns), "rng": torch.get_rng_state()}
     torch.save(contents, path.with_suffix(".part"))
@@ -544,8 +547,7 @@ def load(path: str) -> dict[str, Any]:
         contents = torch.load(path, map_location="cpu", weights_only=True)
         return contents | {"args": Args(**contents["args"])}
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-        raise SystemExit(f"--resume {path}: expected a checkpoint of demo.py, cannot read it ({reason})") from None
+        raise SystemExit(f"--resume {path}: expected a checkpoint of demo.py, got {error!r:.100}") from None
 
 
 def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
@@ -554,8 +556,7 @@ def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
     trainer.args.expect("resume", trainer.task == contents["task"], wanted)
     trainer.policy.load_state_dict(contents["policy"])
     trainer.optimizer.load_state_dict(contents["optimizer"])
-    vars(trainer).update({name: contents[name] for name in ("iteration", "global_step", "num_episodes")})
-    trainer.iteration = trainer.iteration * contents["update_steps"] // trainer.update_steps  # of this run's size
+    vars(trainer).update({name: contents[name] for name in ("iteration", "learned", "global_step", "num_episodes")})
     trainer.returns.extend(contents["returns"])
     torch.set_rng_state(contents["rng"])
     if WORLD_SIZE > 1 or trainer.device.type == "cuda":  # what was saved is rank 0's, of the CPU
@@ -573,7 +574,6 @@ class Dashboard(contextlib.ExitStack):
         self.last, self.is_live = (self.start, trainer.global_step), sys.stdout.isatty() and not self.args.quiet
         if self.args.track:
             import wandb
-
             names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": folder.name}
             wandb.init(**names, config=vars(self.args), sync_tensorboard=True, reinit="finish_previous")
         self.writer, lines = SummaryWriter(folder), [f"|{name}|{value}|" for name, value in vars(self.args).items()]
@@ -593,7 +593,7 @@ class Dashboard(contextlib.ExitStack):
         charts |= {"minutes_left": left / 60, "learning_rate": trainer.optimizer.param_groups[0]["lr"]}
         shares = {name: 100 * seconds / (now - self.start) for name, seconds in trainer.seconds.items()}
         system = {"CPU_percent": psutil.cpu_percent(), "memory_GiB": psutil.virtual_memory().used / 2**30}
-        if trainer.device.type == "cuda":
+        with contextlib.suppress(Exception):  # there may be no GPU, or none that tells
             system |= {"GPU_percent": torch.cuda.utilization(), "GPU_GiB": torch.cuda.max_memory_allocated() / 2**30}
         groups = {"charts": charts, "losses": trainer.losses, "time_percent": shares, "system": system}
         for group, numbers in (groups | {"episode": trainer.episode}).items():
@@ -606,28 +606,29 @@ class Dashboard(contextlib.ExitStack):
             print(f"global_step={trainer.global_step}", *shown, flush=True)
 
     def render(self) -> panel.Panel:
-        step, total, tables = self.trainer.global_step, self.args.total_timesteps, {}
+        trainer, total, tables = self.trainer, self.args.total_timesteps, {}
         for (group, name), values in list(self.history.items()):
             parts = np.array_split(np.nan_to_num(values[-200:], posinf=0.0, neginf=0.0), 6)
             means = np.array([part.mean() for part in parts if len(part)])
             trend = "".join("▁▂▃▄▅▆▇█"[int(7 * height)] for height in (means - means.min()) / (np.ptp(means) or 1.0))
             shown = f"{values[-1]:,.0f}" if abs(values[-1]) >= 1e4 else f"{values[-1]:.4g}"
             tables.setdefault(group, table.Table(group, "", "", box=None, pad_edge=False)).add_row(name, shown, trend)
-        body = console.Group(progress_bar.ProgressBar(total, step), "", columns.Columns(tables.values()))
-        title = f"[bold]{self.args.env_id}[/], {step:,} of {total:,} steps"
-        return panel.Panel(body, title=title, subtitle=f"{self.args.precision} on {self.trainer.device}; Ctrl-C saves")
+        body = console.Group(progress_bar.ProgressBar(total, trainer.global_step), "", columns.Columns(tables.values()))
+        title = f"[bold]{self.args.env_id}[/], {trainer.global_step:,} of {total:,} steps"
+        return panel.Panel(body, title=title, subtitle=f"{trainer.precision} on {trainer.device}; Ctrl-C saves")
 
 
 # -------------------------------------------------------------------------------------------------------------- modes
 def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) -> float:
     """Train an agent; returns the mean of its last 100 returns. After every update, `report` looks at the trainer."""
     trainer = Trainer(args)
-    path = Path("runs", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}", "checkpoint.pt")
+    path = Path("runs", f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}", "checkpoint.pt")
     with contextlib.ExitStack() as stack, trainer.envs:
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.signal(number, trainer.stop))
         if args.resume:
             restore(trainer, load(args.resume))
+            args.expect("total_timesteps", trainer.learned < trainer.total_steps, f"more than {trainer.learned}")
         trainer.start()
         dashboard = stack.enter_context(Dashboard(trainer, path.parent)) if RANK == 0 else None
         is_over = trainer.is_over()
@@ -664,7 +665,6 @@ def evaluate(args: Args) -> None:
     print(f"{len(returns)} episodes: return {returns.mean():.4g} +- {returns.std():.4g}", flush=True)
     if frames and frames[0].ndim:
         from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
-
         ImageSequenceClip(frames, fps=envs.metadata.get("render_fps", 30)).write_videofile(str(path), logger=None)
     elif frames:  # see https://docs.asciinema.org/manual/asciicast/v2
         path, lines = path.with_suffix(".cast"), [{"version": 2, "width": 80, "height": 24}]
@@ -680,10 +680,10 @@ SEARCH |= {"clip_coef": (0.1, 0.3), "update_epochs": (1, 10)}  # from and to, on
 def sweep(args: Args, chosen: list[str]) -> None:
     """Search over what no flag says; the study is a file, so a search that was killed goes on when called again."""
     import optuna
-
     folder = Path("runs", f"sweep__{args.env_id}__{args.exp_name}")
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"study_name": "sweep", "storage": f"sqlite:///{folder}/study.db", "load_if_exists": True}
+    fixed = {name: getattr(args, name) for name in vars(args) if name not in (*chosen, "sweep_trials", "quiet")}
+    settings = {"study_name": str(fixed), "storage": f"sqlite:///{folder}/study.db", "load_if_exists": True}
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2)
     study = optuna.create_study(direction="maximize", pruner=pruner, **settings)
     num_ended = sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials)

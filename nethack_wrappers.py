@@ -29,6 +29,7 @@ class NetHackWrapper(gymnasium.Wrapper):
         if isinstance(env.unwrapped, NetHackChallenge):
             raise TypeError(f"NetHackWrapper seeds every game, which NetHack's Challenge forbids, got {env}")
         super().__init__(env)
+        self.metadata, self._frame = {**env.metadata, "render_fps": 5}, None  # NLE says 42: too quick to follow
         is_asked_for = any(key.startswith("screen_descriptions") for key in env.observation_space)
         if not is_asked_for and getattr(env.unwrapped, "reward_manager", None) is None:
             game = env.unwrapped.nethack
@@ -48,4 +49,6 @@ class NetHackWrapper(gymnasium.Wrapper):
             seen = dict(zip(self.unwrapped._observation_keys, self.unwrapped.last_observation))
             return nethack.tty_render(*[seen[key] for key in SCREEN_KEYS]).strip("\n")
         frame = self.env.render()
-        return frame.copy() if self.render_mode == "pixel" else frame  # NLE draws all its frames into one array
+        if self.render_mode == "pixel" and frame.any():  # a game that is over is black: its last picture stays
+            self._frame = frame.copy()  # as NLE draws all its frames into one array
+        return frame if self._frame is None else self._frame

@@ -136,6 +136,7 @@ if __name__ == "__main__":
         ("num_envs", args.num_envs > 0, "at least 1"),
         ("num_steps", args.num_steps > 0, "at least 1"),
         ("update_epochs", args.update_epochs > 0, "at least 1"),
+        ("learning_rate", args.learning_rate >= 0, "at least 0"),
         ("num_minibatches", 0 < args.num_minibatches * args.minibatch_size == args.batch_size, f"to divide {batch}"),
         ("norm_adv", args.minibatch_size > 1 or not args.norm_adv, "minibatches of two steps or more"),
         ("total_timesteps", args.num_iterations > 0, f"at least {batch}"),

@@ -140,6 +140,9 @@ class Layout:
         self._out = np.zeros(self.flat_space.shape, self.flat_space.dtype)
         self._write_out = self._write_scratch = self.writer(self._out)
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.space,)
+
     def flatten(self, sample: Any, out: np.ndarray | None = None) -> np.ndarray:
         """Copy a sample into a flat row, `out` or a new one; ValueError: a wrong key, shape or value, by its path."""
         if out is None:
@@ -179,7 +182,7 @@ class Layout:
             try:
                 vector[:] = value  # 0.15 us; compares shape and dtype itself
             except (TypeError, ValueError):
-                vector[:] = _cast(leaves[0], value)
+                row[...] = _cast(leaves[0], value)
             return row
 
         def write_image(value: Any) -> np.ndarray:
@@ -234,6 +237,8 @@ class ActionLayout:
             self.flat_space = spaces.Box(low.astype(dtype), high.astype(dtype), dtype=dtype.type)
         else:
             self._start, self.flat_space = low, spaces.MultiDiscrete(high.astype(np.int64) - low.astype(np.int64) + 1)
+
+    __reduce__ = Layout.__reduce__
 
     def unflatten(self, flat: Any) -> Any:
         """Return a sample of the space, Box values clipped and rounded; ValueError: wrong shape, NaN, out of range."""
@@ -297,7 +302,7 @@ class PettingZooPufferEnv:
     reset, step, decode = GymnasiumPufferEnv.reset, GymnasiumPufferEnv.step, list  # `play` decodes for the living
 
     def __init__(self, env: Any):
-        if hasattr(env, "agent_iter") or not hasattr(env, "possible_agents"):
+        if hasattr(env, "agent_iter") or not getattr(env, "possible_agents", ()):
             known = "a gymnasium.Env or a PettingZoo ParallelEnv (for others: pettingzoo.utils.aec_to_parallel)"
             raise TypeError(f"expected {known}, got {type(env).__name__}")
         self.env, self.possible_agents, self.num_agents = env, list(env.possible_agents), len(env.possible_agents)
@@ -353,7 +358,7 @@ class EpisodeStats(gymnasium.wrappers.RecordEpisodeStatistics):
         """Step the environment; the info is empty until the episode's last step."""
         *result, info = super().step(action)
         episode, numbers = info.pop("episode", {}), (int, float, np.number, np.bool_)
-        self._sums.update({key: value for key, value in info.items() if isinstance(value, numbers)})
+        self._sums.update({key: float(value) for key, value in info.items() if isinstance(value, numbers)})
         return *result, {"episode": {**self._sums, **episode}} if episode else {}
 
 
@@ -400,6 +405,7 @@ class _Shard:
         own = slice(indices[0] * count, (indices[-1] + 1) * count)
         self.rows = _map_rows(path, num_envs * count, env.single_observation_space, env.single_action_space, own)
         self.is_team, self.is_discrete = adapter is PettingZooPufferEnv, isinstance(env.action_space, spaces.Discrete)
+        self.known = () if self.is_team else env.action_layout.valid  # actions that need no decoding
         self.slices = [slice(row, row + count) for row in range(0, len(self.envs) * count, count)]
         return [CloudpickleWrapper((env.layout.space, env.action_layout.space, env.num_agents,
                 getattr(env, "metadata", {}), getattr(env, "render_mode", None))) for env in self.envs]  # fmt: skip
@@ -424,7 +430,7 @@ class _Shard:
 
     def step(self) -> list:
         rows, progress, rewards, said = self.rows, self.progress, self.rows.rewards.data, []
-        is_team, all_infos, known = self.is_team, self.all_infos, self.envs[0].action_layout.valid
+        is_team, all_infos, known = self.is_team, self.all_infos, self.known
         rows.terminations.fill(False)
         rows.truncations.fill(False)
         actions = rows.actions.tolist() if self.is_discrete else rows.actions
@@ -457,8 +463,11 @@ class _Shard:
         return [*finals.items(), *(infos.items() if self.all_infos else ())]
 
     def call(self, arguments: Sequence[tuple[tuple, dict]], name: str) -> list:
-        found = [env.get_wrapper_attr(name) for env in self.envs]
-        return [each(*args, **kwargs) if callable(each) else each for each, (args, kwargs) in zip(found, arguments)]
+        results = []
+        for index, (env, (args, kwargs)) in enumerate(zip(self.envs, arguments)):
+            self.progress[0], found = index, env.get_wrapper_attr(name)
+            results.append(found(*args, **kwargs) if callable(found) else found)
+        return results
 
     def close(self) -> None:
         while self.envs:
@@ -490,6 +499,7 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         if num_workers is None:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             num_workers = max(count for count in range(1, min(num_envs, cores) + 1) if num_envs % count == 0)
+        num_workers = operator.index(num_workers)  # NumPy's integers would do arithmetic with lists
         if not 0 < num_workers <= num_envs or num_envs % num_workers:
             raise ValueError(f"num_workers: expected a divisor of num_envs={num_envs}, got {num_workers}")
         per_worker, batch_size = num_envs // num_workers, num_envs if batch_size is None else batch_size
@@ -549,11 +559,11 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
 
     def async_reset(self, seed: int | Sequence[int | None] | None = None, options: dict | None = None) -> None:
         """Reset all environments, whatever they are doing: environment i with the seed `seed + i`, or a list's i-th."""
-        if seed is None or isinstance(seed, (int, np.integer)):
-            seed = [None if seed is None else int(seed) + index for index in range(self.num_envs)]
+        if np.ndim(seed) == 0:
+            seed = [None if seed is None else operator.index(seed) + index for index in range(self.num_envs)]
         if len(seed) != self.num_envs:
             raise ValueError(f"seed: expected an int or a list of {self.num_envs}, one an environment, got {len(seed)}")
-        self._command("reset", [None if one is None else int(one) for one in seed], options)
+        self._command("reset", [None if one is None else operator.index(one) for one in seed], options)
         self._expected = "recv"
 
     def send(self, actions: Any) -> None:
@@ -562,7 +572,7 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         actions, space = np.asarray(actions), self.action_space
         fits = actions.shape == space.shape
         if fits and actions.dtype != space.dtype:  # floats may be rounded, integers have to stay what they are
-            fits = np.can_cast(actions.dtype, space.dtype, "same_kind")
+            fits = actions.dtype.kind in ("biuf" if space.dtype.kind == "f" else "biu")
             fits = fits and (space.dtype.kind == "f" or (actions.astype(space.dtype) == actions).all())
         if not fits:
             expected = f"expected actions of shape {space.shape} in {space.dtype}"
@@ -584,7 +594,7 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
             others = [self._groups[self._ready.popleft()] for _ in range(self._groups_per_batch - 1)]
             self._workers = [*self._workers, *[worker for workers, _, _ in others for worker in workers]]
             fields = [np.concatenate(parts) for parts in zip(fields, *[fields for _, _, fields in others])]
-            self._where = fields[4]
+            self._where = fields[4].copy()
         elif not self.zero_copy:
             fields = [field.copy() for field in fields]
         infos: dict = {}
@@ -651,9 +661,10 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
 class _Line:
     """What a worker and its parent share: a flag in a cache line of its own, a pipe, and a bell (a semaphore) for each.
 
-    First the rows are written, then the flag, then the bell is rung; the other side sees the flag, takes the ring, and
+    First the rows are written, then the flag, then the bell is rung; the other side sees the flag, takes a ring, and
     only then reads the rows. On x86 the flag would do, but a weakly ordered CPU (ARM, POWER) needs a store-release and
-    a load-acquire, which the semaphore is. As no ring gets lost, a side that stops spinning may sleep on its bell.
+    a load-acquire, which the semaphore is; where the parent takes another worker's ring, as this one's is nanoseconds
+    behind its flag, only time stands in for them. As no ring gets lost, a side that stops spinning may sleep.
     """
 
     def __init__(self, control: Any, index: int, connection: Any, worker_bell: Any, parent_bell: Any):
@@ -714,9 +725,12 @@ def _shut_down(lines: list[_Line], seconds: float = CLOSE_SECONDS) -> None:
         line.worker_bell.release()
         line.connection.close()
     running, deadline = [line.process for line in lines if line.process.is_alive()], time.perf_counter() + seconds
-    for process in running:
-        process.join(max(0.0, deadline - time.perf_counter()))
-        process.kill(), process.join(1.0)  # nothing to one that has ended
+    try:
+        for process in running:
+            process.join(max(0.0, deadline - time.perf_counter()))
+    finally:  # also on Ctrl-C, or Python would wait for ever for one that hangs
+        for process in running:
+            process.kill(), process.join(1.0)  # nothing to one that has ended
 
 
 class Multiprocessing(Serial):
@@ -768,7 +782,7 @@ class Multiprocessing(Serial):
 
     def _wait(self, needed: int = sys.maxsize, timeout: float | None = None) -> None:
         """Collect replies until so many groups are ready, or no worker is busy: yield, then block (SPIN_SECONDS)."""
-        now = start = time.perf_counter()
+        now, start, has_rung = time.perf_counter(), time.perf_counter(), False
         while True:
             if now - self._looked > BLOCK_SECONDS:
                 self._looked = now
@@ -776,7 +790,9 @@ class Multiprocessing(Serial):
                     if not line.process.is_alive() and line.flag[0] != MESSAGE:  # which would say more
                         self._fail(line)
             for line in [line for line in self._busy if line.flag[0] not in REQUESTS]:
-                self._bell.acquire(True, BLOCK_SECONDS)  # its ring; if Ctrl-C swallowed that, not for ever
+                if not has_rung:  # not for ever, as Ctrl-C may have swallowed that ring
+                    self._bell.acquire(True, BLOCK_SECONDS)
+                has_rung = False
                 self._collect(line)
             now = time.perf_counter()
             if not self._busy or len(self._ready) >= needed:
@@ -787,8 +803,8 @@ class Multiprocessing(Serial):
                 raise TimeoutError(f"waited {timeout:.3g} s for workers {[line.index for line in self._busy]}")
             if max(self._waited, now - start) < SPIN_SECONDS:
                 _yield()
-            elif self._bell.acquire(True, min(left, BLOCK_SECONDS)):
-                self._bell.release()  # for when the one that rang is collected
+            else:
+                has_rung = self._bell.acquire(True, min(left, BLOCK_SECONDS))
 
     def _collect(self, line: _Line) -> None:
         try:

@@ -48,7 +48,7 @@ def best(records: Sequence[Record]) -> list[Record]:
         first = record["contender"].split()[0].strip(",")
         name = record["contender"] if first in ("Gymnasium", "SB3") else pools.get(first, first)
         if record["kind"] != "limit" and record["median"] and name not in found:
-            found[name] = {**record, "contender": name}
+            found[name] = {**record, "contender": name, "mode": record["contender"].removeprefix(f"{first} ")}
     return sorted(found.values(), key=lambda record: color(record) != OURS)
 
 

@@ -99,7 +99,7 @@ def _puffer(backend: str, case: Case, **settings: Any) -> Opened:
     else:
         envs.recv()
 
-        def call() -> None:  # rivals return structured observations, so unpacking them belongs to the work
+        def call() -> None:  # most rivals return structured observations, so unpacking them belongs to the work
             unflatten(envs.step(next(actions))[0])
 
     return Opened(call, envs.agents_per_batch, envs.close)
@@ -188,7 +188,7 @@ def _bare(case: Case) -> Opened:
     """Step one environment in a plain loop, a hundred steps a call."""
     env, num_agents = case.environment.make(), case.environment.num_agents
     env.reset(seed=1)
-    step, reset, rows = env.step, env.reset, case.actions()
+    step, reset, rows = env.step, env.reset, case._replace(num_envs=1).actions()  # the same, whatever the case's size
     actions = itertools.cycle([int(row[0]) for row in itertools.islice(rows, 1009)])
     if num_agents > 1:
         agents = env.possible_agents
@@ -259,8 +259,8 @@ def _first_ready(case: Case, *times: int, **settings: Any) -> list[dict]:
 
 
 def _threads(*batch_sizes: int, **settings: Any) -> list[dict]:
-    """C++ pools: as many threads as there are cores, or as they choose themselves (0), free or bound to cores."""
-    threads = ((CORES, -1), (0, -1), (0, 0))
+    """C++ pools: one, two or four threads a core, or as many as they choose themselves (0), free or bound to cores."""
+    threads = ((CORES, -1), (2 * CORES, -1), (4 * CORES, -1), (0, -1), (0, 0))
     pools = [{"num_threads": count, "thread_affinity_offset": offset, **settings} for count, offset in threads]
     return [{**pool, "batch_size": size} for size in batch_sizes for pool in pools] or pools
 

@@ -40,8 +40,8 @@ class Args:
     """length of a turn, after a warm-up"""
     quick: bool = False
     """turns of 0.01 seconds"""
-    results: Path = records.RESULTS
-    """where the JSON file goes"""
+    results: Path | None = None
+    """where the JSON file goes; by default benchmarks/results, and with --quick nowhere"""
 
 
 def observations() -> dict[str, tuple[spaces.Space, list]]:
@@ -145,7 +145,7 @@ def main() -> None:
             entries.append({"case": case, **found, **records.summary(samples[name])})
             print(f"  {case}: {name} {entries[-1]['median']:.2f} us", flush=True)
     head = {"benchmark": "emulation", "unit": "microseconds a call", "rounds": args.rounds, "turn": f"{seconds:g} s"}
-    records.write(args.results / "emulation.json", {**head, **source, "records": entries})
+    records.write("emulation", {**head, **source, "records": entries}, args.results, args.quick)
 
 
 if __name__ == "__main__":

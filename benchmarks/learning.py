@@ -65,8 +65,8 @@ class Args:
     """tasks to learn, wildcards allowed; unless all are, nothing is written"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """seeds of the runs of each"""
-    results: Path = records.RESULTS
-    """where the JSON file goes"""
+    results: Path | None = None
+    """where the JSON file goes; by default benchmarks/results"""
 
 
 def learn(task: Task, seed: int) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def main() -> None:
     if args.tasks == ("*",):
         head = {"benchmark": "learning", "unit": "mean return of the last 100 episodes", "rounds": len(args.seeds)}
         entries = [record(name, TASKS[name], found[name], errors[name]) for name in names]
-        records.write(args.results / "learning.json", {**head, "turn": "a run", **source, "records": entries})
+        records.write("learning", {**head, "turn": "a run", **source, "records": entries}, args.results)
 
 
 if __name__ == "__main__":

@@ -65,8 +65,11 @@ def label(record: dict[str, Any]) -> str:
     return record["contender"] + (f", {workers} worker{'s' * (workers > 1)}" if workers else "")
 
 
-def write(path: Path, result: dict[str, Any]) -> None:
-    """Write a result, a record a line, so that a new measurement makes a short diff."""
+def write(name: str, result: dict[str, Any], folder: Path | None, quick: bool = False) -> None:
+    """Write a result, a record a line, so that a new measurement makes a short diff; a quick one only if asked to."""
+    if quick and folder is None:
+        return
+    path = (folder or RESULTS) / f"{name}.json"
     records = ",\n".join("  " + json.dumps(record) for record in result["records"])
     head = json.dumps({key: value for key, value in result.items() if key != "records"}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)

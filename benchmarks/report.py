@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import tyro
+
 from benchmarks import charts
 from benchmarks.charts import OURS, color, limit, short
 from benchmarks.contenders import ENVIRONMENTS
@@ -167,28 +169,31 @@ def speed(folder: Path = RESULTS) -> str:
     columns = {
         "Gymnasium Async": ("Gymnasium AsyncVectorEnv",),
         "Gymnasium Sync": ("Gymnasium SyncVectorEnv",),
-        "SB3 Subproc": ("SB3 SubprocVecEnv",),
+        "SB3": ("SB3 SubprocVecEnv", "SB3 DummyVecEnv"),
         "PufferLib": ("PufferLib",),
         "SuperSuit": ("SuperSuit",),
         "EnvPool, ALE": ("EnvPool (C++)", "ALE vector (C++)"),
     }
     rows, found = [], by_environment(load(folder)).values()
     for result, is_largest in [(one, one is own[-1]) for own in found for one in own]:
-        fastest = {record["contender"]: record["median"] for record in charts.best(result["records"])}
+        best = charts.best(result["records"])
+        fastest = {record["contender"]: record["median"] for record in best}
         ours = fastest["puffer_core"]
         cells = [max([fastest[name] for name in names if name in fastest], default=None) for names in columns.values()]
         texts = [f"{short(cell)} ({ratio(ours, cell)}x)" if cell else "" for cell in cells]
         if is_largest or ours < max(filter(None, cells)):
-            rows.append([result["title"], short(ours), share(ours, limit(result)), *texts])
-    hardware = result["hardware"]
+            rows.append([result["title"], short(ours), best[0]["mode"], share(ours, limit(result)), *texts])
+    hardware, version = result["hardware"], result["libraries"]["pufferlib-core"]
     cores = hardware["cores"]
     return f"""![Agent steps per second by environment and vectorizer]({CHARTS}/speed.png)
 
-{table(("agent steps a second", "ours", "of the limit", *columns), rows)}
+{table(("agent steps a second", "ours", "its mode", "of the limit", *columns), rows)}
 
 In parentheses: how many times as fast ours is, bold where it is slower. All vectorizers have their best settings, and
-those with several modes the fastest of them; the limit is {cores} times one bare process. Measured on {cores} cores of
-{hardware["cpu"]}; [BENCHMARKS.md](BENCHMARKS.md) has every row, spread and command, and `make bench` measures anew."""
+those with several modes the fastest of them: "sync" steps all environments, first-ready batches hold half of them. The
+limit is {cores} times one bare process. The column PufferLib is `pufferlib-core` {version}, a copy that others publish.
+Measured on {cores} cores of {hardware["cpu"]}, where a ratio between 0.9 and 1.1 may be noise;
+[BENCHMARKS.md](BENCHMARKS.md) has every row, spread and command, and `make bench` measures anew."""
 
 
 def draw(drawings: Path = ROOT / CHARTS, folder: Path = RESULTS) -> None:
@@ -213,7 +218,7 @@ def put(text: str, name: str, section: str) -> str:
 
 
 def main() -> None:
-    """Write the pages and the charts."""
+    """Write the tables of BENCHMARKS.md and README.md, and draw all charts, from the JSON files."""
     draw()
     for (page, name), section in zip(PAGES.items(), (results(), speed())):
         (ROOT / page).write_text(put((ROOT / page).read_text(), name, section))
@@ -221,4 +226,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

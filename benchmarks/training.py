@@ -54,8 +54,8 @@ class Args:
     """steps of each environment an iteration; the scripts' own default is 128"""
     quick: bool = False
     """2 rounds of 8 steps"""
-    results: Path = records.RESULTS
-    """where the JSON file goes"""
+    results: Path | None = None
+    """where the JSON file goes; by default benchmarks/results, and with --quick nowhere"""
 
 
 def trace(script: str, num_steps: int) -> None:
@@ -203,7 +203,7 @@ def main() -> None:
     if args.scripts == tuple(SCRIPTS):
         head = {"benchmark": "training", "unit": "environment steps per second", "rounds": rounds}
         head["turn"] = f"an iteration of {num_steps} steps"
-        records.write(args.results / "training.json", {**head, **source, "records": entries})
+        records.write("training", {**head, **source, "records": entries}, args.results, args.quick)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How many agent steps a second every vectorizer gives: same environments, same actions, side by side.
 
-    python -m benchmarks.vectorization                    # all cases, about 25 minutes
+    python -m benchmarks.vectorization                    # all cases, about 30 minutes
     python -m benchmarks.vectorization --quick            # some cases for a short while each, at most 2 minutes
     python -m benchmarks.vectorization --cases "noop-*"   # these anew; the files of the others stay as they are
 
@@ -52,8 +52,8 @@ class Args:
     """length of a turn, after a warm-up of a quarter of it"""
     quick: bool = False
     """turns of 0.05 seconds, no trials of which settings are best, and a few cases unless you name others"""
-    results: Path = records.RESULTS
-    """where the JSON files go"""
+    results: Path | None = None
+    """where the JSON files go; by default benchmarks/results, and with --quick nowhere"""
 
 
 @dataclass
@@ -341,7 +341,7 @@ def main() -> None:
                 head = {"benchmark": "vectorization", "case": name, "title": CASES[name].title}
                 head |= {"num_envs": CASES[name].num_envs, "unit": "agent steps per second"}
                 head |= {"rounds": args.rounds, "turn": f"{args.seconds:g} s", **source, "records": entries}
-                records.write(args.results / f"vectorization-{name}.json", head)
+                records.write(f"vectorization-{name}", head, args.results, args.quick)
 
 
 if __name__ == "__main__":

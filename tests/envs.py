@@ -12,6 +12,8 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+import puffer_core
+
 
 class Counter(gymnasium.Env):
     """Observes (last seed, episode, step of the episode, sum of the actions, a random draw); rewards step + action / 8.
@@ -468,3 +470,15 @@ class Depth(NoOp):
 def counted():
     """An environment made as CleanRL makes them, which counts its episodes itself."""
     return gymnasium.wrappers.RecordEpisodeStatistics(Counter(3))
+
+
+def flat():
+    """An environment that is made flat too early."""
+    return puffer_core.GymnasiumPufferEnv(Nested())
+
+
+class Repeater(FloatTeam):
+    """The first agent dies at the first step, and is told so at each step that follows."""
+
+    def __init__(self):
+        Team.__init__(self, (("++", "T+", "T+", "TT"),))

@@ -1,7 +1,9 @@
 """Runs the scripts as a person does, from the command line, in a directory of their own."""
 
+import atexit
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +53,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 def run(script: str, *flags: str, **variables: str) -> Run:
     directory = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     done = subprocess.run(
         [sys.executable, str(ROOT / script), *flags],
         cwd=directory,

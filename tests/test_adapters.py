@@ -10,7 +10,7 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puffer_core import EpisodeStats, GymnasiumPufferEnv, Layout, PettingZooPufferEnv
+from puffer_core import EpisodeStats, GymnasiumPufferEnv, Layout, PettingZooPufferEnv, Serial
 from tests.envs import Actor, ArrayReward, Counter, Nested, Recycling, Team, total
 
 
@@ -204,6 +204,27 @@ def test_episode_stats_come_once_an_episode_and_sum_the_infos():
         assert 0 <= stats.pop("t") < 60
         expected = {"r": sum(range(1, length + 1)) + length / 2, "l": length}
         assert stats == expected | {"gold": 2 * length, "speed": length / 2, "hit": length, "late": 7}
+
+
+class Odd(Counter):
+    """Says the same number, of some type, at every step."""
+
+    def __init__(self, number):
+        super().__init__(length=2)
+        self.number = number
+
+    def step(self, action):
+        *result, _ = super().step(action)
+        return *result, {"score": self.number}
+
+
+@pytest.mark.parametrize("numbers", [(np.bool_(True), True), (np.uint8(200), 200), (1, 0.25), (np.int8(-100), 2**40)])
+def test_sums_of_infos_are_right_whatever_their_types(numbers):
+    with Serial([lambda number=number: EpisodeStats(Odd(number)) for number in numbers]) as envs:
+        envs.reset()
+        envs.step([0, 0])
+        infos = envs.step([0, 0])[4]
+        assert infos["final_info"]["episode"]["score"].tolist() == [2 * float(number) for number in numbers]
 
 
 def test_episode_stats_start_afresh_after_an_early_reset():

@@ -73,7 +73,7 @@ def test_segments_do_not_depend_on_who_is_ready_first(use_lstm):
     """Nor does it matter how many environments are waited for, or whether their rows are copied."""
     memory = {"use_lstm": use_lstm, "bptt_horizon": 4}
     expected = segments(4, **memory)
-    assert len({len(expected[row, 0]["actions"].unique()) for row in range(6)}) > 0
+    assert len(torch.cat([one["actions"] for one in expected.values()]).unique()) > 1
     for workers, batch, zero_copy in ((6, 2, True), (6, 1, True), (3, 4, False), (6, 5, False)):
         ways = {"vec": "multiprocessing", "num_workers": workers, "env_batch_size": batch, "zero_copy": zero_copy}
         found = segments(4, **ways, **memory)
@@ -100,6 +100,21 @@ def test_a_quick_row_neither_waits_nor_counts_twice():
         assert taken[0] > taken[1]
         held = trainer.experience.complete - trainer.experience.consumed
         assert (held <= trainer.experience.num_slots).all()
+
+
+def test_a_first_ready_run_ends_when_it_has_learned_from_all_its_steps():
+    """An update may take the quick rows only: it counts for what it took, in the schedule too."""
+    pool = {"vec": "multiprocessing", "num_envs": 4, "num_workers": 4, "env_batch_size": 1, "num_steps": 4}
+    with trainer_of("envs:OneSlow", total_timesteps=8 * 16, **pool) as trainer:
+        rates, consumed = [], trainer.experience.consumed
+        while not trainer.is_over():
+            before = consumed.sum()
+            trainer.collect()
+            trainer.update()
+            rates.append((before, trainer.optimizer.param_groups[0]["lr"]))
+        assert 8 * 16 <= consumed.sum() == trainer.learned < 8 * 16 + 16 and trainer.global_step >= 8 * 16
+        assert trainer.iteration == len(rates) > 8
+        assert rates == [(done, pytest.approx(trainer.args.learning_rate * (1 - done / 128))) for done, _ in rates]
 
 
 def test_truncation_bootstraps_from_the_last_observation_and_termination_from_nothing():
@@ -341,6 +356,29 @@ def test_a_dtype_that_torch_cannot_store_is_refused():
         demo.prepare(demo.Args(env_id="envs:Depth", quiet=True))
 
 
+@pytest.mark.parametrize("space", [spaces.Discrete(3, start=-5), spaces.MultiDiscrete([3, 4], start=[-5, 2])], ids=str)
+def test_categories_may_start_anywhere_and_absent_rows_be_zero(space):
+    layout = puffer_core.Layout(space)
+    policy = demo.Policy(layout, spaces.Discrete(2), demo.Args(hidden_size=8))
+    highest = np.ravel(space.start) + np.ravel(getattr(space, "nvec", getattr(space, "n", 0))) - 1
+    rows = np.stack([layout.flatten(space.start), layout.flatten(highest.reshape(np.shape(space.start)))])
+    rows = torch.as_tensor(np.concatenate([rows, 0 * rows[:1]]))[:, None]
+    values = policy(rows, torch.zeros(3, 16), torch.zeros(3, 1, dtype=torch.bool))[3]
+    assert values.isfinite().all() and values[0] != values[1]
+
+
+def test_an_env_that_is_flat_already_keeps_its_structure():
+    env = demo.make_env("envs:flat")
+    assert isinstance(env, puffer_core.EpisodeStats) and isinstance(env.observation_space, spaces.Dict)
+
+
+def test_steps_of_an_agent_that_is_told_dead_again_and_again_are_no_episodes():
+    with trainer_of("envs:Repeater", num_envs=1) as trainer:
+        while trainer.num_episodes < 6:
+            trainer.act()
+        assert list(trainer.returns) == [11, 66] * 3 and trainer.episode["l"] == 3
+
+
 @pytest.mark.parametrize("name", ["counted", "OddInfos"])
 def test_episodes_are_counted_once_whatever_infos_say(name):
     with trainer_of(f"envs:{name}", num_envs=2) as trainer:
@@ -560,6 +598,12 @@ WRONG = {
     "--vec serial --env-batch-size 4": "--env-batch-size 4: expected --vec multiprocessing beside it",
     "--use-lstm --num-steps 40": "--bptt-horizon 16: expected to divide --num-steps",
     "--use-lstm --bptt-horizon 0": "--bptt-horizon 0: expected at least 1",
+    "--seed -1": "--seed -1: expected at least 0",
+    "--learning-rate -0.1": "--learning-rate -0.1: expected at least 0",
+    "--clip-coef -0.1": "--clip-coef -0.1: expected at least 0",
+    "--mode sweep --learning-rate 0.1 --ent-coef 0 --gae-lambda 1 --gamma 1 --clip-coef 0.1 --update-epochs 1": (
+        "--mode sweep: expected no flag for one of learning_rate, ent_coef"
+    ),
     "--num-envs 1 --num-steps 3": "--num-minibatches 4: expected at most 3",
     "--use-lstm --num-envs 1 --num-steps 32": "--num-minibatches 4: expected at most 2",
     "--total-timesteps 100": "--total-timesteps 100: expected at least one update, 1024",
@@ -605,7 +649,7 @@ def test_a_checkpoint_that_cannot_be_used_is_told_in_a_line(tmp_path):
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     for name in ("cut.pt", "other.pt", "missing.pt"):
-        with pytest.raises(SystemExit, match=r"--resume .*: expected a checkpoint of demo.py, cannot read it") as end:
+        with pytest.raises(SystemExit, match=r"--resume .*: expected a checkpoint of demo.py, got ") as end:
             demo.load(str(tmp_path / name))
         assert "\n" not in str(end.value)
     contents = demo.load(str(tmp_path / "good.pt"))
@@ -614,6 +658,25 @@ def test_a_checkpoint_that_cannot_be_used_is_told_in_a_line(tmp_path):
             with pytest.raises(SystemExit, match="expected a checkpoint for") as end:
                 demo.restore(trainer, contents)
             assert "\n" not in str(end.value)
+
+
+def test_a_run_that_is_over_is_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = "--env-id CartPole-v1 --vec serial --quiet --no-cuda --num-steps 16 --total-timesteps 256 --hidden-size 8"
+    demo.train(prepared(flags))
+    (path,) = tmp_path.glob("runs/*/checkpoint.pt")
+    contents = demo.load(str(path))
+    assert contents["args"].precision == "auto"  # what this machine made of it holds for no other
+    with pytest.raises(SystemExit, match="--total-timesteps 256: expected more than 256"):
+        demo.train(dataclasses.replace(contents["args"], resume=str(path)))
+    demo.train(dataclasses.replace(contents["args"], resume=str(path), total_timesteps=512))
+    assert [demo.load(str(path))["learned"] for path in sorted(tmp_path.glob("runs/*/checkpoint.pt"))] == [256, 512]
+
+
+def prepared(flags):
+    args = tyro.cli(demo.Args, args=flags.split())
+    demo.prepare(args)
+    return args
 
 
 def started(directory, *flags):

@@ -61,6 +61,9 @@ def test_torchrun_trains_logs_once_and_saves(tmp_path):
     assert process.returncode == 0, stderr
     assert len(re.findall(r"^CartPole-v1 \(discrete\): ", stdout, re.MULTILINE)) == 1
     assert len(list(tmp_path.glob("runs/*"))) == 1
+    entropies = [float(entropy) for entropy in re.findall(r" entropy=([\d.]+)", stdout)]
+    assert 0.6 < entropies[0] < 0.7  # of all ranks together: a policy of two actions begins at log 2
+    assert "Warning" not in stderr.replace("OMP_NUM_THREADS", ""), stderr
     (path,) = tmp_path.glob("runs/*/checkpoint.pt")
     contents = torch.load(path, weights_only=True)
     assert contents["iteration"] == 4 and contents["global_step"] == 2 * 4 * 64

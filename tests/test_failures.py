@@ -386,6 +386,16 @@ def test_ctrl_c_gives_one_traceback(tmp_path, body, context):
     assert await_end(workers, 0) == []
 
 
+def test_a_second_ctrl_c_ends_what_the_first_waits_for(tmp_path):
+    script, workers = start_script(tmp_path, "envs.step(np.zeros(2, int))", hanging("hang"))
+    for pause in (0.5, 1.0):
+        time.sleep(pause)
+        os.killpg(script.pid, signal.SIGINT)
+    start = time.perf_counter()
+    script.communicate(timeout=30)
+    assert time.perf_counter() - start < 1.5 and script.returncode != 0 and await_end(workers, 0) == []
+
+
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_a_sigterm_to_all_leaves_the_parent_its_workers(tmp_path, context):
     setup = "import signal; told = []; signal.signal(signal.SIGTERM, lambda *_: told.append(1)); " + COUNTERS
@@ -452,6 +462,17 @@ def test_whoever_waited_long_blocks_at_once():
                 envs.step(np.zeros(2, int))
         busy = sum(map(cpu_seconds, pids)) - before
     assert busy < 0.5 * 300 * len(pids) * puffer_core.SPIN_SECONDS, f"{busy} s for 300 steps of 2 workers"
+
+
+def test_a_ring_that_comes_too_late_wakes_nobody_for_ever():
+    """As of a worker that lost its core between flag and ring for so long that its reply was collected."""
+    with Multiprocessing([functools.partial(Counter, 1000, delay=0.02)] * 2, num_workers=2) as envs:
+        envs.reset(), envs.step(np.zeros(2, int))
+        envs._bell.release()
+        before = time.process_time()
+        for _ in range(20):
+            envs.step(np.zeros(2, int))
+        assert time.process_time() - before < 0.5 * 20 * 0.02
 
 
 def test_no_wake_up_is_lost():

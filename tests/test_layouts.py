@@ -1,6 +1,8 @@
 """Whatever goes into a flat row comes out again, bit for bit, or is refused with the path of what does not fit."""
 
+import copy
 import itertools
+import pickle
 import subprocess
 import sys
 import time
@@ -443,6 +445,19 @@ def test_what_flatten_returned_is_not_overwritten_by_the_next():
     before = first.copy()
     layout.flatten(small(c=3))
     assert np.array_equal(first, before)
+
+
+def test_equal_dtypes_of_other_names_will_do():
+    layout = Layout(spaces.Box(-9, 9, (3,), np.int64))
+    assert layout.flatten(np.arange(3, dtype=np.longlong)).tolist() == [0, 1, 2]
+    assert layout.flatten(np.arange(3)[::-1]).tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize("make", [Layout, ActionLayout])
+def test_layouts_can_be_pickled_and_copied(make):
+    space = spaces.Dict(a=spaces.Discrete(3, start=-1), b=spaces.MultiBinary(2))
+    for layout in (copy.deepcopy(make(space)), pickle.loads(pickle.dumps(make(space)))):
+        assert layout.space == space and layout.flat_space == make(space).flat_space
 
 
 def test_the_order_of_a_samples_keys_does_not_matter():
