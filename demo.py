@@ -545,7 +545,7 @@ def load(path: str) -> dict[str, Any]:
     """Read a checkpoint; ends with one line if it is none."""
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
-        return contents | {"args": Args(**contents["args"])}
+        return contents | {"args": Args(**contents["args"]), "learned": contents["learned"]}
     except Exception as error:
         raise SystemExit(f"--resume {path}: expected a checkpoint of demo.py, got {error!r:.100}") from None
 
