@@ -583,7 +583,7 @@ class Dashboard(contextlib.ExitStack):
             self.enter_context(live.Live(get_renderable=self.render))
 
     def log(self, is_last: bool) -> None:
-        trainer, now = self.trainer, time.perf_counter()
+        trainer, now, cuda = self.trainer, time.perf_counter(), torch.cuda
         (then, step), self.last = self.last, (now, trainer.global_step)
         speed = (trainer.global_step - step) / (now - then)
         left = max(self.args.total_timesteps - trainer.global_step, 0) / max(speed, 1.0)
@@ -593,8 +593,8 @@ class Dashboard(contextlib.ExitStack):
         charts |= {"minutes_left": left / 60, "learning_rate": trainer.optimizer.param_groups[0]["lr"]}
         shares = {name: 100 * seconds / (now - self.start) for name, seconds in trainer.seconds.items()}
         system = {"CPU_percent": psutil.cpu_percent(), "memory_GiB": psutil.virtual_memory().used / 2**30}
-        with contextlib.suppress(Exception):  # there may be no GPU, or none that tells
-            system |= {"GPU_percent": torch.cuda.utilization(), "GPU_GiB": torch.cuda.max_memory_allocated() / 2**30}
+        with contextlib.suppress(Exception):  # this may be no GPU, or one that does not tell
+            system |= {"GPU_percent": cuda.utilization(trainer.device), "GPU_GiB": cuda.max_memory_allocated() / 2**30}
         groups = {"charts": charts, "losses": trainer.losses, "time_percent": shares, "system": system}
         for group, numbers in (groups | {"episode": trainer.episode}).items():
             for name, value in numbers.items():

@@ -109,6 +109,22 @@ def test_frames_are_not_drawn_over():
     env.close()
 
 
+def test_a_game_that_is_over_stays_in_the_picture():
+    env = make(NetHackWrapper, "MiniHack-Room-5x5-v0", render_mode="pixel")
+    assert env.metadata["render_fps"] == 5
+    env.reset(seed=1)
+    rng, is_over = np.random.default_rng(0), False
+    while not is_over:
+        last = env.render()
+        *_, terminated, truncated, _ = env.step(int(rng.integers(8)))
+        is_over = terminated or truncated
+    assert terminated and not env.env.render().any()  # NLE's own
+    np.testing.assert_array_equal(env.render(), last)
+    env.reset()
+    assert (env.render() != last).any()
+    env.close()
+
+
 def test_the_terminal_is_drawn_in_colors():
     env = make(NetHackWrapper, "MiniHack-River-v0", render_mode="ansi")
     observation, _ = env.reset(seed=1)
