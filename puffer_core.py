@@ -478,9 +478,10 @@ class _Shard:
 class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
     """Steps all environments one after another in this process: for debugging, and for environments of a few us.
 
-    Arguments are as in `Multiprocessing`. What an environment raises comes through as it is.
+    `env_fns`, `zero_copy` and `infos` are as in `Multiprocessing`. What an environment raises comes through as it is.
     """
 
+    closed = True  # until there is something to close
     __getstate__ = PettingZooPufferEnv.__getstate__
 
     def __init__(self, env_fns: Sequence[Callable], zero_copy: bool = True, infos: str = "final"):
@@ -513,7 +514,7 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         self._per_worker, self._group_size, self._groups_per_batch = per_worker, size, batch_size // per_worker // size
         self._finished, self._ready, self._busy = [0] * (num_workers // size), deque(), []
         self._replies, self._said = [()] * num_workers, [()] * num_workers  # to commands; to steps and resets
-        self._expected = "async_reset"
+        self._expected, self.closed = "async_reset", False
 
     def _construct(self, infos: str) -> None:
         memfd = hasattr(os, "memfd_create")  # memory without a name, so that none can be left behind

@@ -186,7 +186,8 @@ def training(path: Path, result: Record) -> None:
 
 def learning(path: Path, result: Record) -> None:
     """Draw the mean return over steps, a panel a task, a line a seed, and dashed what ends a run."""
-    by_task = {record["contender"]: record for record in result["records"] if record["median"]}
+    rewarded = [one for one in result["records"] if any(mean for run in one["runs"] for *_, mean in run["curve"])]
+    by_task = {record["contender"]: record for record in rewarded}  # the others are there for their speed
 
     def draw(axes: Any, task: str) -> None:
         runs, goal = by_task[task]["runs"], by_task[task]["goal"]

@@ -8,6 +8,7 @@ Nothing is measured here and no number is typed in: the same JSON gives the same
 import json
 import statistics
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,15 @@ def source(result: Record) -> str:
     )
 
 
-def ratio(ours: float | None, theirs: float | None) -> str:
-    """Return how many times as fast ours is, bold where it is slower."""
+def ratio(ours: Record | None, theirs: Record | None) -> str:
+    """Return how many times one median is the other, bold below 1; a ~ says that turns do not agree on who is ahead."""
     if not ours or not theirs:
         return ""
-    text = f"{ours / theirs:.2f}" if ours < 10 * theirs else f"{ours / theirs:.0f}"
-    return f"**{text}**" if ours < theirs else text
+    over = ours["median"] / theirs["median"]
+    pairs = [one > other for one in ours["samples"] for other in theirs["samples"]]
+    agree = max(sum(pairs), len(pairs) - sum(pairs)) >= 0.9 * len(pairs)
+    text = f"{'' if agree else '~'}{over:.{2 if over < 10 else 0}f}"
+    return f"**{text}**" if over < 1 else text
 
 
 def share(part: float | None, whole: float | None) -> str:
@@ -85,19 +89,19 @@ def spread(record: Record, form: str) -> list[str]:
 
 def vectorization(result: Record) -> str:
     """Return a case's table."""
-    ours: dict[tuple, list[float]] = {}  # by kind; in a sweep, by kind and number of workers too
+    ours: dict[tuple, list[Record]] = {}  # by kind; in a sweep, by kind and number of workers too
     for record in result["records"]:
         if color(record) == OURS and record["median"] and "infos" not in record["contender"]:
             for key in {(record["kind"], record["workers"]), (record["kind"], None)}:
-                ours.setdefault(key, []).append(record["median"])
+                ours.setdefault(key, []).append(record)
     fair = min if result["case"].startswith("workers") else max
     rows = []
     for record in result["records"]:
         if not record["median"]:
             rows.append([label(record), record["error"]])
             continue
-        like = fair(ours.get((record["kind"], record["workers"]), []), default=None)
-        compared = "" if color(record) == OURS else ratio(like, record["median"])
+        like = fair(ours.get((record["kind"], record["workers"]), []), key=itemgetter("median"), default=None)
+        compared = "" if color(record) == OURS else ratio(like, record)
         of_limit, cpu = share(record["median"], limit(result)), record["cpu_seconds_per_million_steps"]
         rows.append([label(record), *spread(record, ",.0f"), of_limit, compared, f"{cpu:,.4g}"])
     return table(("", "steps/s", "least to largest", "of the limit", "ours ÷ it", "CPU s a million"), rows)
@@ -105,10 +109,10 @@ def vectorization(result: Record) -> str:
 
 def emulation(result: Record) -> str:
     """Return the table of flattening and unpacking."""
-    ours = {record["case"]: record["median"] for record in result["records"] if color(record) == OURS}
+    ours = {record["case"]: record for record in result["records"] if color(record) == OURS}
     rows = []
     for record in result["records"]:
-        compared = "" if color(record) == OURS else ratio(record["median"], ours[record["case"]])
+        compared = "" if color(record) == OURS else ratio(record, ours[record["case"]])
         rows.append([f"{record['case']}: {record['contender']}", *spread(record, ".2f"), compared])
     return table(("", "us a call", "least to largest", "it ÷ ours"), rows)
 
@@ -177,22 +181,24 @@ def speed(folder: Path = RESULTS) -> str:
     rows, found = [], by_environment(load(folder)).values()
     for result, is_largest in [(one, one is own[-1]) for own in found for one in own]:
         best = charts.best(result["records"])
-        fastest = {record["contender"]: record["median"] for record in best}
-        ours = fastest["puffer_core"]
-        cells = [max([fastest[name] for name in names if name in fastest], default=None) for names in columns.values()]
-        texts = [f"{short(cell)} ({ratio(ours, cell)}x)" if cell else "" for cell in cells]
-        if is_largest or ours < max(filter(None, cells)):
-            rows.append([result["title"], short(ours), best[0]["mode"], share(ours, limit(result)), *texts])
+        ours, theirs = best[0], [[one for one in best if one["contender"] in names] for names in columns.values()]
+        cells = [max(own, key=itemgetter("median"), default=None) for own in theirs]
+        texts = [f"{short(cell['median'])} ({ratio(ours, cell)}x)" if cell else "" for cell in cells]
+        if is_largest or ours["median"] < max(cell["median"] for cell in cells if cell):
+            name, of_limit = short(ours["median"]), share(ours["median"], limit(result))
+            rows.append([result["title"], name, ours["mode"], of_limit, *texts])
     hardware, version = result["hardware"], result["libraries"]["pufferlib-core"]
     cores = hardware["cores"]
     return f"""![Agent steps per second by environment and vectorizer]({CHARTS}/speed.png)
 
 {table(("agent steps a second", "ours", "its mode", "of the limit", *columns), rows)}
 
-In parentheses: how many times as fast ours is, bold where it is slower. All vectorizers have their best settings, and
-those with several modes the fastest of them: "sync" steps all environments, first-ready batches hold half of them. The
-limit is {cores} times one bare process. The column PufferLib is `pufferlib-core` {version}, a copy that others publish.
-Measured on {cores} cores of {hardware["cpu"]}, where a ratio between 0.9 and 1.1 may be noise;
+In parentheses: how many times as fast ours is, bold where it is slower; ~ where fewer than nine in ten pairs of turns,
+a turn of ours and one of theirs, agree on who is ahead. All vectorizers have their best settings, and those with
+several modes the fastest of them. Of ours, `Serial` steps all environments in this process and "sync" in workers;
+first-ready batches hold half of them, blocks of neighbors or "gathered" from anywhere. For environments of a few
+microseconds, take `Serial`. The limit is {cores} times one bare process. The column PufferLib is `pufferlib-core`
+{version}, a copy that others publish. Measured on {cores} cores of {hardware["cpu"]};
 [BENCHMARKS.md](BENCHMARKS.md) has every row, spread and command, and `make bench` measures anew."""
 
 

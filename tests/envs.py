@@ -202,7 +202,7 @@ class Marker(Counter):
 
     def __init__(self, path, name, delay=0.0):
         super().__init__(delay=delay)
-        self.path, self.name = path, name
+        self.path, self.name, self.made_by = path, name, os.getpid()
         self._write("constructed")
 
     def _write(self, event):
@@ -211,6 +211,18 @@ class Marker(Counter):
 
     def close(self):
         self._write("closed")
+
+
+class Napping(Counter):
+    """Sleeps for as many tenths of a second as its seed says at a reset, and its action at a step."""
+
+    def reset(self, *, seed=None, options=None):
+        time.sleep((seed or 0) / 10)
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        time.sleep(action / 10)
+        return super().step(action)
 
 
 class BigInfo(Counter):

@@ -324,6 +324,17 @@ def test_another_number_gives_another_page_and_chart(tmp_path):
     assert then.shape != now.shape or (then != now).any()
 
 
+def test_a_ratio_that_turns_do_not_agree_on_is_marked():
+    def summary(*samples):
+        return records.summary(list(samples))
+
+    ours = summary(10.0, 11.0, 12.0, 13.0, 14.0)
+    assert report.ratio(ours, summary(5.0, 6.0, 6.0, 7.0, 9.0)) == "2.00"
+    assert report.ratio(ours, summary(8.0, 9.0, 10.0, 12.5, 15.0)) == "~1.20"
+    assert report.ratio(ours, summary(11.0, 12.0, 13.0, 14.0, 15.0)) == "**~0.92**"
+    assert report.ratio(ours, summary(1.0, 1.0, 1.0, 1.0, 1.0)) == "12" and report.ratio(ours, None) == ""
+
+
 def test_all_committed_results_have_their_origin():
     for name, result in report.load(records.RESULTS).items():
         assert {"command", "date", "hardware", "os", "python", "libraries", "commit", "rounds"} <= set(result), name

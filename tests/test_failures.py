@@ -433,21 +433,25 @@ def cpu_seconds(pid):
 
 
 def test_idle_workers_rest_and_wake_quickly():
+    """They rest from some milliseconds after a step on, and need no look at a clock to wake, as polling would."""
     with Multiprocessing([patient] * 2, num_workers=2) as envs:
         envs.reset()
         pids, tries = [process.pid for process in multiprocessing.active_children()], []
         for _ in range(3):
             envs.step(np.zeros(2, int))
-            time.sleep(1)
+            time.sleep(0.01)
             before = [cpu_seconds(pid) for pid in pids]
             time.sleep(2)
-            busy = max((cpu_seconds(pid) - was) / 2 for pid, was in zip(pids, before))
-            start = time.perf_counter()
-            envs.step(np.zeros(2, int))
-            tries.append((busy, time.perf_counter() - start))
-            if min(busy for busy, _ in tries) < 0.02 and min(woken for _, woken in tries) < 0.02:
+            busy, woken = max((cpu_seconds(pid) - was) / 2 for pid, was in zip(pids, before)), []
+            for _ in range(15):
+                time.sleep(0.02)
+                start = time.perf_counter()
+                envs.step(np.zeros(2, int))
+                woken.append(time.perf_counter() - start)
+            tries.append((busy, float(np.median(woken))))
+            if min(busy for busy, _ in tries) < 0.02 and min(woken for _, woken in tries) < 0.003:
                 return
-    raise AssertionError(f"share of a core, seconds of the first step: {tries}")
+    raise AssertionError(f"share of a core, seconds of a step after a pause: {tries}")
 
 
 def test_whoever_waited_long_blocks_at_once():
@@ -461,7 +465,7 @@ def test_whoever_waited_long_blocks_at_once():
                 time.sleep(3e-3)
                 envs.step(np.zeros(2, int))
         busy = sum(map(cpu_seconds, pids)) - before
-    assert busy < 0.5 * 300 * len(pids) * puffer_core.SPIN_SECONDS, f"{busy} s for 300 steps of 2 workers"
+    assert busy < 0.5 * 300 * len(pids) * 1e-3, f"{busy} s for 300 steps of 2 workers"
 
 
 def test_a_ring_that_comes_too_late_wakes_nobody_for_ever():

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import multiprocessing
 import os
 import pickle
@@ -31,6 +32,7 @@ from tests.envs import (
     Crashing,
     GlobalRandom,
     Marker,
+    Napping,
     Nested,
     NoOp,
     Observer,
@@ -165,7 +167,7 @@ def test_any_observation_comes_back_as_it_was(space):
 
 
 def cart_pole():
-    return gymnasium.wrappers.RecordEpisodeStatistics(gymnasium.make("CartPole-v1"))
+    return gymnasium.wrappers.RecordEpisodeStatistics(gymnasium.make("CartPole-v1", max_episode_steps=25))
 
 
 def without_times(infos):
@@ -179,17 +181,17 @@ def test_results_are_those_of_gymnasiums_sync_vector_env(backend):
     with backend([cart_pole] * 4, infos="all") as ours:
         assert ours.observation_space == theirs.observation_space and ours.action_space == theirs.action_space
         assert ours.single_action_space == theirs.single_action_space and ours.num_envs == 4
-        rng, ends = np.random.default_rng(0), 0
+        rng, terminated, truncated = np.random.default_rng(0), 0, 0
         results = [envs.reset(seed=3) for envs in (theirs, ours)]
         for _ in range(120):
             (*expected, expected_infos), (*got, infos) = results
             for array, twin in zip(expected, got):
                 assert np.array_equal(array, twin) and array.dtype == twin.dtype
             assert without_times(expected_infos) == without_times(infos)
-            ends += "final_info" in infos
             actions = rng.integers(2, size=4)
             results = [envs.step(actions) for envs in (theirs, ours)]
-        assert ends > 5
+            terminated, truncated = terminated + results[1][2].sum(), truncated + results[1][3].sum()
+        assert terminated > 5 and truncated > 3
     theirs.close()
 
 
@@ -602,6 +604,22 @@ def test_a_slow_env_holds_nobody_up(zero_copy):
         assert time.perf_counter() - start < 1.5
 
 
+@pytest.mark.parametrize("zero_copy", [True, False])
+def test_first_come_first_served(zero_copy):
+    """Not the lowest first, nor the last that came: whether the parent sees them come, or finds several waiting."""
+    for _ in range(3):  # on a busy machine, one may be late
+        with Multiprocessing([Napping] * 3, num_workers=3, batch_size=1, zero_copy=zero_copy) as envs:
+            envs.async_reset(seed=[3, 2, 1])  # tenths of a second
+            served = []
+            for turn in range(6):
+                time.sleep(1.0 if turn == 3 else 0.0)
+                served.append(int(envs.recv().agent_ids[0]))
+                envs.send(np.full(1, 4))
+        if served == [2, 1, 0, 2, 1, 0]:
+            return
+    pytest.fail(f"served in the order {served}")
+
+
 @pytest.mark.parametrize(
     "options", [{"batch_size": 2}, {"batch_size": 1}, {"batch_size": 3, "zero_copy": False}], ids=str
 )
@@ -933,6 +951,16 @@ def test_envs_that_are_adapted_already_are_taken_as_they_are():
             assert envs.reset(seed=1)[0].shape == (1, *envs.layout.flat_space.shape)
 
 
+@pytest.mark.parametrize("backend", [Serial, Multiprocessing])
+def test_an_argument_that_there_is_not_is_one_error_and_no_second(backend, monkeypatch):
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'workers'"):
+        backend([NoOp] * 2, workers=2)
+    gc.collect()
+    assert unraisable == []
+
+
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_every_env_is_constructed_once_and_closed_once(tmp_path, context):
     path = str(tmp_path / "events")
@@ -940,6 +968,7 @@ def test_every_env_is_constructed_once_and_closed_once(tmp_path, context):
     with Multiprocessing(env_fns, num_workers=3, context=context) as envs:
         envs.reset()
         envs.step(np.zeros(6, int))
+        assert envs.get_attr("made_by") == envs.call("pid") and os.getpid() not in envs.call("pid")
     events = sorted(Path(path).read_text().splitlines())
     assert events == [f"{event} {name}" for event in ("closed", "constructed") for name in range(6)]
 
