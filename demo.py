@@ -353,9 +353,10 @@ class Trainer:
         self.task = f"{envs.layout.space}, {envs.single_action_space}, {args.hidden_size=}, {args.use_lstm=}"
         self.is_team = not envs.get_attr("masks")[0].all()  # agents of a team are absent before the first reset
         self.total_steps = args.total_timesteps // (one := envs.num_agents * args.num_steps * WORLD_SIZE) * one
+        most, _ = torch.get_num_threads(), torch.set_num_threads(1)  # more would round the first weights otherwise
         self.policy = Policy(envs.layout, envs.single_action_space, args, self.precision == "bf16").to(self.device)
-        if "OMP_NUM_THREADS" not in os.environ and "Conv2d" not in str(self.policy):
-            torch.set_num_threads(1)  # a small network gains nothing by more, and loses all where cores are shared
+        if "OMP_NUM_THREADS" in os.environ or "Conv2d" in str(self.policy):
+            torch.set_num_threads(most)  # a small network gains nothing by them, and loses all where cores are shared
         self.model = torch.compile(self.policy, mode="reduce-overhead") if args.compile else self.policy
         if distributed.is_initialized():
             self.model = nn.parallel.DistributedDataParallel(self.model)
@@ -636,9 +637,9 @@ def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) 
             trainer.update()
             is_over = trainer.is_over()
             if dashboard:
+                if is_over or (args.checkpoint_interval and trainer.iteration % args.checkpoint_interval == 0):
+                    save(trainer, path)  # first, as Ctrl-C may have ended who reads what is printed
                 dashboard.log(is_over)
-                if args.checkpoint_interval and trainer.iteration % args.checkpoint_interval == 0:
-                    save(trainer, path)
             report(trainer)
         if dashboard:
             save(trainer, path)
@@ -680,8 +681,7 @@ SEARCH |= {"clip_coef": (0.1, 0.3), "update_epochs": (1, 10)}  # from and to, on
 def sweep(args: Args, chosen: list[str]) -> None:
     """Search over what no flag says; the study is a file, so a search that was killed goes on when called again."""
     import optuna
-    folder = Path("runs", f"sweep__{args.env_id}__{args.exp_name}")
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder := Path("runs", f"sweep__{args.env_id}__{args.exp_name}")).mkdir(parents=True, exist_ok=True)
     fixed = {name: getattr(args, name) for name in vars(args) if name not in (*chosen, "sweep_trials", "quiet")}
     settings = {"study_name": str(fixed), "storage": f"sqlite:///{folder}/study.db", "load_if_exists": True}
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2)
@@ -734,9 +734,9 @@ def autotune(args: Args, chosen: list[str]) -> None:
 
 
 def main() -> None:
-    args = tyro.cli(Args)
-    if args.resume:  # what its arguments say holds, unless a flag says otherwise
-        args = tyro.cli(Args, default=load(args.resume)["args"])
+    sys.path.append(os.getcwd())  # where one looks for a module of one's own
+    args = tyro.cli(Args)  # to resume, what the checkpoint's arguments say holds, unless a flag says otherwise
+    args = tyro.cli(Args, default=load(args.resume)["args"]) if args.resume else args
     chosen = prepare(args)
     if WORLD_SIZE > 1:
         distributed.init_process_group()

@@ -248,7 +248,7 @@ class ActionLayout:
         except TypeError:  # not one integer
             pass
         values, is_box = np.asarray(flat), isinstance(self.flat_space, spaces.Box)
-        fits = not np.isnan(values).any() if is_box else self.flat_space.contains(values)
+        fits = not np.isnan(values).any() if is_box else values.dtype.kind in "biu" and self.flat_space.contains(values)
         if values.shape != self.flat_space.shape or not fits:
             raise ValueError(f"expected an action in {self.flat_space}, got {flat}")
 
@@ -282,6 +282,10 @@ class GymnasiumPufferEnv(gymnasium.ObservationWrapper):
         self.action_space = self.single_action_space = self.action_layout.flat_space
         self.num_agents, self.masks, self.episode_over = 1, np.ones(1, bool), True
         self.decode, self.play, self.observation = self.action_layout.unflatten, env.step, self.layout.flatten
+        self.set_wrapper_attr = env.set_wrapper_attr  # the environment may have names of its own like those here
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"observation": self.layout.flatten}  # a copy has no row
 
     def bind(self, observations: np.ndarray) -> None:
         """From now on, write every observation into the one row of `observations`, and return that row."""
@@ -349,6 +353,9 @@ class PettingZooPufferEnv:
 class EpisodeStats(gymnasium.wrappers.RecordEpisodeStatistics):
     """Empties infos but an episode's last, whose "episode" has return `r`, length `l`, seconds `t`, and infos' sums."""
 
+    def __init__(self, env: gymnasium.Env, buffer_length: int = 100, stats_key: str = "EpisodeStats"):
+        super().__init__(env, buffer_length, stats_key)  # not "episode", which the environment may use itself
+
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
         """Reset the environment and the sums; the info is empty."""
         self._sums = Counter()
@@ -357,9 +364,9 @@ class EpisodeStats(gymnasium.wrappers.RecordEpisodeStatistics):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
         """Step the environment; the info is empty until the episode's last step."""
         *result, info = super().step(action)
-        episode, numbers = info.pop("episode", {}), (int, float, np.number, np.bool_)
+        episode, numbers = info.pop(self._stats_key, {}), (int, float, np.number, np.bool_)
         self._sums.update({key: float(value) for key, value in info.items() if isinstance(value, numbers)})
-        return *result, {"episode": {**self._sums, **episode}} if episode else {}
+        return *result, {"episode": {**self._sums, **episode, "r": _scalar(episode["r"])}} if episode else {}
 
 
 def _scalar(reward: Any) -> float:
@@ -560,6 +567,8 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
 
     def async_reset(self, seed: int | Sequence[int | None] | None = None, options: dict | None = None) -> None:
         """Reset all environments, whatever they are doing: environment i with the seed `seed + i`, or a list's i-th."""
+        if "reset_mask" in (options or ()):
+            raise ValueError("options: no reset_mask, as environments whose episode ends are reset in the same step")
         if np.ndim(seed) == 0:
             seed = [None if seed is None else operator.index(seed) + index for index in range(self.num_envs)]
         if len(seed) != self.num_envs:
@@ -590,9 +599,10 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         """
         self._check("recv")
         self._wait(self._groups_per_batch, timeout)
-        self._expected, (self._workers, self._where, fields) = "send", self._groups[self._ready.popleft()]
+        self._expected, ready = "async_reset", self._ready  # unless all goes well
+        self._workers, self._where, fields = self._groups[ready.popleft()]
         if self._groups_per_batch > 1:
-            others = [self._groups[self._ready.popleft()] for _ in range(self._groups_per_batch - 1)]
+            others = [self._groups[ready.popleft()] for _ in range(self._groups_per_batch - 1)]
             self._workers = [*self._workers, *[worker for workers, _, _ in others for worker in workers]]
             fields = [np.concatenate(parts) for parts in zip(fields, *[fields for _, _, fields in others])]
             self._where = fields[4].copy()
@@ -602,7 +612,7 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         for position, worker in enumerate(self._workers):
             for row, info in self._said[worker]:
                 infos = self._infos._add_info(infos, info, position * self._rows_per_worker + row)
-        *arrays, self.agent_ids, self.masks = fields
+        (*arrays, self.agent_ids, self.masks), self._expected = fields, "send"
         return Batch(*arrays, infos, self.agent_ids, self.masks)
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple:

@@ -243,3 +243,40 @@ def test_episode_stats_take_rewards_in_arrays_and_leave_the_rest_alone():
     observation, reward, terminated, truncated, info = env.step(4)
     assert observation[:4].tolist() == [2, 0, 1, 4] and np.asarray(reward).item() == 1.5
     assert bool(terminated) and not truncated and info["episode"]["r"] == 1.5
+
+
+class TellsItself(ArrayReward):
+    """Fills `info["episode"]` itself, as Stable-Baselines3's Monitor does, and not at every end in the same way."""
+
+    def step(self, action):
+        *result, info = super().step(action)
+        return *result, info | {"episode": {"r": -1.0} if self.steps == 2 else 3}
+
+
+def test_episode_stats_count_for_themselves_whatever_an_env_calls_episode():
+    env = EpisodeStats(TellsItself(length=2))
+    env.reset()
+    assert env.step(0)[4] == {}
+    episode = env.step(0)[4]["episode"]
+    assert (episode["r"], episode["l"]) == (3.0, 2) and type(episode["r"]) is float
+    assert gymnasium.utils.RecordConstructorArgs in type(env).__mro__ and type(env)(Counter(), **env._saved_kwargs)
+
+
+def test_a_copy_of_a_bound_env_leaves_the_rows_alone():
+    """As a search that looks ahead makes it."""
+    with Serial([lambda: Nested(length=100)] * 2) as envs:
+        observations, _ = envs.reset(seed=1)
+        before, copied = observations.copy(), copy.deepcopy(envs.envs[0])
+        assert copied.layout is not envs.envs[0].layout and copied.unwrapped is not envs.envs[0].unwrapped
+        for _ in range(3):
+            ahead = copied.step(envs.single_action_space.sample())[0]
+        assert copied.layout.unflatten(ahead)["inner"]["small"].tolist() == [3] * 3
+        assert np.array_equal(observations, before)
+        assert pickle.loads(pickle.dumps(envs.envs[1])).unwrapped.steps == 0
+
+
+def test_actions_that_are_no_integers_are_refused_where_integers_are_due():
+    env = GymnasiumPufferEnv(Nested())
+    env.reset()
+    with pytest.raises(ValueError, match="expected an action in MultiDiscrete"):
+        env.step([0.0, 1.0, 0.7, 1.0, 2.0])

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import cv2
 import gymnasium
@@ -332,6 +333,19 @@ def test_a_small_network_has_one_thread_unless_told_otherwise(monkeypatch):
         monkeypatch.delenv("OMP_NUM_THREADS")
         with trainer_of("CartPole-v1"):
             assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_first_weights_do_not_depend_on_how_many_threads_there_were():
+    """As the first trial of a sweep would otherwise begin with others than a run from its flags."""
+    weights = []
+    try:
+        for threads in (2, 1):
+            torch.set_num_threads(threads)
+            with trainer_of("CartPole-v1", hidden_size=128) as trainer:
+                weights.append(torch.cat([one.flatten() for one in trainer.policy.parameters()]))
+        assert torch.equal(*weights)
     finally:
         torch.set_num_threads(1)
 
@@ -721,6 +735,41 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_run_saves_before_it_prints_its_last_line(tmp_path, monkeypatch):
+    """Ctrl-C under `| tee` ends tee too, so that printing fails."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo.Dashboard, "log", mock.Mock(side_effect=BrokenPipeError))
+    args = demo.Args("train", "CartPole-v1", num_steps=16, total_timesteps=128, vec="serial", cuda=False, quiet=True)
+    demo.prepare(args)
+    with pytest.raises(BrokenPipeError):
+        demo.train(args)
+    (path,) = tmp_path.glob("runs/*/checkpoint.pt")
+    assert demo.load(str(path))["learned"] == 128
+
+
+OWN = """
+import gymnasium, numpy
+
+class Env(gymnasium.Wrapper):
+    def step(self, action):  # an array as a reward, and an "episode" of its own, as users have them
+        observation, reward, *ends, info = super().step(action)
+        return observation, numpy.array([reward], numpy.float32), *ends, {"episode": {"r": -1.0, "l": 0}}
+
+def make():
+    return Env(gymnasium.make("CartPole-v1"))
+"""
+
+
+def test_an_environment_of_ones_own_is_found_where_one_works(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    flags = "--env-id mine:make --num-envs 2 --num-workers 2 --num-steps 64 --total-timesteps 256 --no-cuda"
+    done = subprocess.run(
+        [sys.executable, ROOT / "demo.py", *flags.split()], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert 8 < float(re.findall(r"episodic_return=(\S+)", done.stdout)[-1]) < 100
 
 
 def test_ctrl_c_saves_and_leaves_no_process(tmp_path):

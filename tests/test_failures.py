@@ -1,5 +1,6 @@
 """What goes wrong in a worker is told quickly and in full, nothing is left behind, and idle processes keep quiet."""
 
+import collections
 import contextlib
 import functools
 import multiprocessing
@@ -203,6 +204,29 @@ def test_serial_lets_exceptions_through_as_they_are():
             envs.reset()
             for _ in range(3):
                 envs.step(np.zeros(2, int))
+
+
+class Interrupted(collections.deque):
+    """As if Ctrl-C came when the first item has just been taken."""
+
+    def popleft(self):
+        super().popleft()
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_recv_that_is_interrupted_with_a_batch_in_hand_asks_for_a_reset(batch_size):
+    """As its environments are neither ready nor at work, they would otherwise wait for ever."""
+    with Multiprocessing([patient] * 2, num_workers=2, batch_size=batch_size) as envs:
+        envs.async_reset(seed=1)
+        envs._ready = Interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            envs.recv()
+        for call in (envs.recv, lambda: envs.send(np.zeros(batch_size, int))):
+            with pytest.raises(puffer_core.APIUsageError, match=r"async_reset\(\) is due"):
+                call()
+        envs._ready = collections.deque()
+        assert envs.reset(seed=1)[0].shape == (batch_size, 5)
 
 
 def test_a_recv_that_is_interrupted_can_be_called_again():

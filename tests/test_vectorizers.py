@@ -894,6 +894,23 @@ def test_a_team_needs_no_metadata(monkeypatch):
         assert envs.metadata == {"autoreset_mode": AutoresetMode.SAME_STEP}
 
 
+@backends
+def test_an_attribute_is_set_on_the_env_also_if_its_adapter_has_one_of_that_name(backend):
+    with backend([Counter] * 2) as envs:
+        envs.set_attr("layout", "cramped")
+        assert envs.reset(seed=1)[0].shape == (2, 5) and envs.get_attr("layout")[0].space == Counter.observation_space
+        assert [vars(env)["layout"] for env in envs.get_attr("unwrapped")] == ["cramped"] * 2
+
+
+@backends
+def test_a_reset_of_some_is_refused(backend):
+    with backend([Counter] * 2) as envs:
+        envs.reset(seed=1, options={"anything": 1})
+        with pytest.raises(ValueError, match="no reset_mask"):
+            envs.reset(options={"reset_mask": np.array([True, False])})
+        assert envs.step(np.zeros(2, int))[0][:, 2].tolist() == [1, 1]  # nothing has happened
+
+
 @pytest.mark.parametrize("cut_short", ["unpicklable", "interrupted"])
 def test_a_call_that_is_cut_short_spoils_nothing(cut_short):
     with Multiprocessing([functools.partial(Counter, 99)] * 4, num_workers=4) as envs:
