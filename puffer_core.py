@@ -272,7 +272,8 @@ class GymnasiumPufferEnv(gymnasium.ObservationWrapper):
 
     This adapter and the next have `layout` and `action_layout`; flat `observation_space` and `action_space` of one
     agent (also under `single_...`); `num_agents` rows; bool `masks`, False where the last call had nothing for an
-    agent; `episode_over`. A step is `decode`, `play`, `observation`, so that a vectorizer can take it apart.
+    agent; `episode_over`. A step is `decode`, `play`, `observation`, so that a vectorizer can take it apart. Other
+    wrappers go inside: one around this is adapted again, and then `layout` is that of the flat rows.
     """
 
     def __init__(self, env: gymnasium.Env):
