@@ -77,8 +77,10 @@ def write(name: str, result: dict[str, Any], folder: Path | None, quick: bool = 
 
 
 def _cpu() -> str:
-    names = [line.partition(":")[2].strip() for line in _read("/proc/cpuinfo") if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    lines = [[part.strip() for part in line.partition(":")] for line in _read("/proc/cpuinfo")]
+    facts = {name: value for name, _, value in lines}
+    name = facts.get("model name") or platform.processor() or platform.machine()  # which may leave much open
+    return f"{name}, family {facts['cpu family']}, model {facts['model']}" if "cpu family" in facts else name
 
 
 def _read(path: str) -> list[str]:

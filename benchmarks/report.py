@@ -5,6 +5,7 @@
 Nothing is measured here and no number is typed in: the same JSON gives the same pages, which a test holds them to.
 """
 
+import itertools
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -70,8 +71,9 @@ def ratio(ours: Record | None, theirs: Record | None) -> str:
     if not ours or not theirs:
         return ""
     over = ours["median"] / theirs["median"]
-    pairs = [one > other for one in ours["samples"] for other in theirs["samples"]]
-    agree = max(sum(pairs), len(pairs) - sum(pairs)) >= 0.9 * len(pairs)
+    pairs = list(itertools.product(ours["samples"], theirs["samples"]))
+    wins, losses = sum(one > other for one, other in pairs), sum(one < other for one, other in pairs)
+    agree = max(wins, losses) >= 0.9 * len(pairs)
     text = f"{'' if agree else '~'}{over:.{2 if over < 10 else 0}f}"
     return f"**{text}**" if over < 1 else text
 

@@ -1,6 +1,6 @@
 """How fast each script trains, end to end, and where its time goes: environments, inference, update.
 
-    python -m benchmarks.training            # about 4 minutes; writes benchmarks/results/training.json
+    python -m benchmarks.training            # about 7 minutes; writes benchmarks/results/training.json
     python -m benchmarks.training --quick    # two iterations of a few steps
 
 All scripts run side by side and take turns, an iteration of PPO each: A B C A B C. The others wait at their next step
@@ -28,7 +28,7 @@ from rich.progress import Progress
 
 from benchmarks import records
 
-SCRIPTS = {  # and the library that steps the environments, if it is not this project
+SCRIPTS = {  # with flags, and the library that steps the environments, if it is not this project
     "vanilla_ppo_atari.py": "gymnasium",
     "ppo_atari.py": "gymnasium",
     "large_ppo_atari.py": "gymnasium",
@@ -36,6 +36,7 @@ SCRIPTS = {  # and the library that steps the environments, if it is not this pr
     "large_puffer_ppo_atari.py": None,
     "ppo_atari_envpool.py": "envpool",
     "demo.py": None,
+    "demo.py --precision fp32": None,
     "puffer_ppo_minihack.py": "gymnasium",
     "puffer_vec_ppo_minihack.py": None,
 }
@@ -50,8 +51,8 @@ class Args:
     """scripts to measure; unless all are, nothing is written: ratios are of one run"""
     rounds: int = 5
     """iterations that each script is measured for, after one to warm up"""
-    num_steps: int = 32
-    """steps of each environment an iteration; the scripts' own default is 128"""
+    num_steps: int = 128
+    """steps of each environment an iteration, by default as many as the scripts themselves have"""
     quick: bool = False
     """2 rounds of 8 steps"""
     results: Path | None = None
@@ -124,11 +125,12 @@ class Script:
 
     def __init__(self, name: str, num_steps: int):
         self.name, self.iterations, self.error = name, [], None
-        flags = ("--num-steps", str(num_steps), "--total-timesteps", str(10**9))
+        script, *own = name.split()
+        flags = ("--num-steps", str(num_steps), "--total-timesteps", str(10**9), *own)
         self.directory = tempfile.TemporaryDirectory()
         self.log = open(Path(self.directory.name) / "stderr", "w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "benchmarks.training", "--trace", name, *flags],
+            [sys.executable, "-W", "ignore", "-m", "benchmarks.training", "--trace", script, *flags],
             cwd=self.directory.name, env={**os.environ, "PYTHONPATH": str(records.ROOT)}, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, process_group=0,
         )  # fmt: skip
@@ -182,7 +184,7 @@ def main() -> None:
     source, scripts = records.provenance(), {}
     try:
         with Progress(disable=not sys.stdout.isatty()) as progress:
-            present = [name for name in args.scripts if (records.ROOT / name).exists()]
+            present = [name for name in args.scripts if (records.ROOT / name.split()[0]).exists()]
             task = progress.add_task("training", total=len(present) * (rounds + 2))
             for name in present:
                 scripts[name] = Script(name, num_steps)

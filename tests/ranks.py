@@ -1,5 +1,6 @@
 """What the ranks of tests/test_demo_distributed.py do, under torchrun: ranks.py WHAT DIRECTORY."""
 
+import gc
 import os
 import signal
 import sys
@@ -89,4 +90,5 @@ if __name__ == "__main__":
         distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
     globals()[sys.argv[1]](Path(sys.argv[2]))
     if demo.WORLD_SIZE > 1:
+        gc.collect()  # as in demo.py
         distributed.destroy_process_group()

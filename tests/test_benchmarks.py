@@ -332,6 +332,7 @@ def test_a_ratio_that_turns_do_not_agree_on_is_marked():
     assert report.ratio(ours, summary(5.0, 6.0, 6.0, 7.0, 9.0)) == "2.00"
     assert report.ratio(ours, summary(8.0, 9.0, 10.0, 12.5, 15.0)) == "~1.20"
     assert report.ratio(ours, summary(11.0, 12.0, 13.0, 14.0, 15.0)) == "**~0.92**"
+    assert report.ratio(summary(1.0, 1.0, 1.0), summary(1.0, 1.0, 1.0)) == "~1.00"
     assert report.ratio(ours, summary(1.0, 1.0, 1.0, 1.0, 1.0)) == "12" and report.ratio(ours, None) == ""
 
 
