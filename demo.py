@@ -401,7 +401,7 @@ class Trainer:
         with self.clock("env wait"):
             batch = self.envs.recv()
         with self.clock("copies"):
-            experience, self.rows = self.experience, batch.agent_ids.copy()
+            experience, self.rows = self.experience, batch.agent_ids
             where, last = experience.place(self.rows), experience.place(self.rows, back=1)
             ended, was_alive = batch.terminations | batch.truncations, experience.valid[last]
             goes_on = ~ended | batch.infos.get("_final_obs", np.zeros_like(ended))

@@ -16,7 +16,6 @@ Read on: layouts, which flatten; adapters, around one environment; vectorizers, 
 import contextlib
 import copy
 import ctypes
-import mmap
 import multiprocessing.util
 import operator
 import os
@@ -42,7 +41,6 @@ from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 # A worker's flag is one byte in shared memory. The parent writes a request, the worker overwrites it with a status;
 # whoever's turn it is not only reads, so the byte needs no lock. MESSAGE: more comes through the pipe.
 DONE, MESSAGE, STEP, COMMAND = range(4)
-REQUESTS = (STEP, COMMAND)
 CACHE_LINE = 64  # bytes; every worker's flag has a line of its own, so no two cores fight over one
 # Who waits yields for this long and then blocks, or blocks at once if the last wait took longer: others need the cores
 SPIN_SECONDS = 1e-3
@@ -134,10 +132,7 @@ class Layout:
         if len({leaf.dtype for leaf in self._leaves}) > 1:
             low, high = np.zeros(self.dtype.itemsize, np.uint8), np.full(self.dtype.itemsize, 255, np.uint8)
         self.flat_space = space if isinstance(space, spaces.Box) else spaces.Box(low, high, dtype=low.dtype.type)
-        paths, _, dtypes, shapes, starts, *_ = zip(*self._leaves)
-        fields = {"names": paths, "formats": list(zip(dtypes, shapes)), "offsets": starts}
-        self._struct, self._flat_dtype = np.dtype({**fields, "itemsize": self.dtype.itemsize}), low.dtype.name
-        self._out = np.zeros(self.flat_space.shape, self.flat_space.dtype)
+        self._flat_dtype, self._out = low.dtype.name, np.zeros(self.flat_space.shape, low.dtype)
         self._write_out = self._write_scratch = self.writer(self._out)
 
     def __reduce__(self) -> tuple:
@@ -178,21 +173,14 @@ class Layout:
                 target[:] = b"".join(chunks)
             return row
 
-        def write_vector(value: Any) -> np.ndarray:
+        def write_box(value: Any) -> np.ndarray:
             try:
-                vector[:] = value  # 0.15 us; compares shape and dtype itself
-            except (TypeError, ValueError):
-                row[...] = _cast(leaves[0], value)
+                vector[:] = value  # 0.15 us; compares shape and dtype itself, and takes vectors only
+            except (NotImplementedError, TypeError, ValueError):
+                row[...] = _cast(leaves[0], value)  # 2.5 us for four frames, where a join takes 7
             return row
 
-        def write_image(value: Any) -> np.ndarray:
-            fits = value.__class__ is np.ndarray and (value.shape, value.dtype) == known[0]
-            row[...] = value if fits else _cast(leaves[0], value)  # 2.5 us for four frames, where a join takes 7
-            return row
-
-        if self._build is not next or leaves[0].shape != row.shape:
-            return write
-        return write_vector if row.ndim == 1 else write_image
+        return write_box if flat is self.space else write
 
     def unflatten(self, flat: Any) -> Any:
         """See flat rows `(*batch, *flat_space.shape)`, numpy or torch, as nested views `(*batch, *leaf.shape)`.
@@ -201,15 +189,12 @@ class Layout:
         """
         if isinstance(self.space, spaces.Box):
             return flat
-        (size,), is_numpy = self.flat_space.shape, isinstance(flat, np.ndarray)
-        named = np.dtype if is_numpy else partial(getattr, sys.modules["torch"])
+        named = np.dtype if isinstance(flat, np.ndarray) else partial(getattr, sys.modules["torch"])
+        (size,), batch = self.flat_space.shape, flat.shape[:-1]
         if flat.dtype != named(self._flat_dtype) or flat.shape[-1] != size:
             expected = f"rows of {size} {self._flat_dtype}, uncast"
             raise ValueError(f"expected {expected}, got {flat.dtype} of shape {tuple(flat.shape)}")
-        if is_numpy and size:  # nine fields of a struct, MiniHack's, take half as long as slices, views and reshapes
-            rows = flat.view(self._struct)[..., 0]
-            return self._build(iter([rows[path] for path in self._struct.names]))
-        batch, row = flat.shape[:-1], flat.view(named("uint8"))
+        row = flat.view(named("uint8"))
         parts = [(leaf, row[..., leaf.start : leaf.stop]) for leaf in self._leaves]
         return self._build(iter([part.view(named(leaf.dtype)).reshape(batch + leaf.shape) for leaf, part in parts]))
 
@@ -272,8 +257,8 @@ class GymnasiumPufferEnv(gymnasium.ObservationWrapper):
 
     This adapter and the next have `layout` and `action_layout`; flat `observation_space` and `action_space` of one
     agent (also under `single_...`); `num_agents` rows; bool `masks`, False where the last call had nothing for an
-    agent; `episode_over`. A step is `decode`, `play`, `observation`, so that a vectorizer can take it apart. Other
-    wrappers go inside: one around this is adapted again, and then `layout` is that of the flat rows.
+    agent; `episode_over`. Other wrappers go inside: one around this is adapted again, and then `layout` is that of the
+    flat rows.
     """
 
     def __init__(self, env: gymnasium.Env):
@@ -282,20 +267,13 @@ class GymnasiumPufferEnv(gymnasium.ObservationWrapper):
         self.observation_space = self.single_observation_space = self.layout.flat_space
         self.action_space = self.single_action_space = self.action_layout.flat_space
         self.num_agents, self.masks, self.episode_over = 1, np.ones(1, bool), True
-        self.decode, self.play, self.observation = self.action_layout.unflatten, env.step, self.layout.flatten
+        self.observation = self.layout.flatten  # for `reset`
         self.set_wrapper_attr = env.set_wrapper_attr  # the environment may have names of its own like those here
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"observation": self.layout.flatten}  # a copy has no row
-
-    def bind(self, observations: np.ndarray) -> None:
-        """From now on, write every observation into the one row of `observations`, and return that row."""
-        self.observation = self.layout.writer(observations[0, ...])  # an array even if it has no dimensions
 
     def step(self, action: Any) -> tuple[np.ndarray, Any, Any, Any, dict]:
         """Step with a flat action; returns the flat observation, reward, terminated, truncated and info."""
-        observation, *rest = self.play(self.decode(action))
-        return self.observation(observation), *rest
+        observation, *rest = self.env.step(self.action_layout.unflatten(action))
+        return self.layout.flatten(observation), *rest
 
 
 class PettingZooPufferEnv:
@@ -304,7 +282,7 @@ class PettingZooPufferEnv:
     `step` takes a flat action a row, ignored where its agent is not alive; it returns rows, and infos by agent.
     """
 
-    reset, step, decode = GymnasiumPufferEnv.reset, GymnasiumPufferEnv.step, list  # `play` decodes for the living
+    reset = GymnasiumPufferEnv.reset
 
     def __init__(self, env: Any):
         if hasattr(env, "agent_iter") or not getattr(env, "possible_agents", ()):
@@ -319,36 +297,28 @@ class PettingZooPufferEnv:
         self.action_space = self.single_action_space = self.action_layout.flat_space
         self.masks, self.episode_over = np.zeros(self.num_agents, bool), True
         self.get_wrapper_attr, self.set_wrapper_attr = partial(getattr, self), partial(setattr, env)
-        self.bind(np.zeros((self.num_agents, *self.observation_space.shape), self.observation_space.dtype))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__.get("env"), name)
 
-    def __getstate__(self) -> dict:
-        raise TypeError(f"{type(self).__name__} shares the memory of its rows, so it cannot be copied or pickled")
-
-    def bind(self, observations: np.ndarray) -> None:
-        """From now on, write into the rows of `observations`; what `reset` and `step` return is a copy."""
-        self._rows, rows = observations, enumerate(self.possible_agents)
-        self._writers = {agent: self.layout.writer(observations[row, ...]) for row, agent in rows}
-
-    def play(self, actions: Sequence[Any]) -> tuple:
-        """Step with flat actions; returns observations by agent, columns of the rest, and infos by agent."""
+    def step(self, actions: Sequence[Any]) -> tuple:
+        """Step with flat actions; returns rows, arrays of rewards, terminations and truncations, and infos by agent."""
         living, pairs, decode = set(self.env.agents), zip(self.possible_agents, actions), self.action_layout.unflatten
         played = self.env.step({agent: decode(action) for agent, action in pairs if agent in living})
         observations, rewards, terminations, truncations, infos = played
         self.episode_over = all(terminations.get(agent) or truncations.get(agent) for agent in self.env.agents)
         pairs = (_scalar, rewards), (bool, terminations), (bool, truncations)
         columns = [np.array([kind(column.get(agent, 0)) for agent in self.possible_agents]) for kind, column in pairs]
-        return observations, *columns, infos
+        return self.observation(observations), *columns, infos
 
     def observation(self, observations: dict) -> np.ndarray:
         """Flatten observations by agent into rows `(num_agents, *flat)`."""
+        rows = np.zeros((self.num_agents, *self.observation_space.shape), self.observation_space.dtype)
+        for row, agent in enumerate(self.possible_agents):
+            if agent in observations:
+                rows[row] = self.layout.flatten(observations[agent])
         self.masks = np.array([agent in observations for agent in self.possible_agents])
-        self._rows[~self.masks] = 0
-        for agent, observation in observations.items():
-            self._writers[agent](observation)
-        return self._rows.copy()
+        return rows
 
 
 class EpisodeStats(gymnasium.wrappers.RecordEpisodeStatistics):
@@ -391,10 +361,8 @@ def _map_rows(path: str, num_rows: int, observation: Any, action: Any, own: slic
     fields = [(name, space.dtype, space.shape) for name, space in (("observations", observation), ("actions", action))]
     fields += [("rewards", np.float64, ()), ("terminations", bool, ()), ("truncations", bool, ()), ("masks", bool, ())]
     struct = np.dtype([(name, dtype, (num_rows, *shape)) for name, dtype, shape in fields], align=True)
-    with open(path, "r+b", buffering=0) as file:
-        os.pwrite(file.fileno(), b"\0", struct.itemsize - 1)  # makes the file large enough, whoever comes first
-        memory = np.ndarray((), struct, mmap.mmap(file.fileno(), struct.itemsize))
-    return SimpleNamespace(**{name: memory[name][own] for name in struct.names})
+    memory = np.asarray(np.memmap(path, struct, "r+", shape=1))  # which makes the file large enough
+    return SimpleNamespace(**{name: memory[name][0, own] for name in struct.names})
 
 
 class _Shard:
@@ -421,15 +389,18 @@ class _Shard:
     def reset(self, seeds: Sequence[int | None], options: dict | None) -> list:
         rows, self.turns = self.rows, []
         rows.rewards[:], rows.terminations[:], rows.truncations[:] = 0, False, False
-        for index, (env, where) in enumerate(zip(self.envs, self.slices)):
-            env.bind(rows.observations[where])  # here, where all are known to be alike
-            self.turns.append((env.play, env.decode, env.observation, where if self.is_team else index))
+        for index, (env, where) in enumerate(zip(self.envs, self.slices)):  # here, where all are known to be alike
+            if self.is_team:
+                self.turns.append((env.step, list, partial(np.copyto, rows.observations[where]), where))
+            else:  # what GymnasiumPufferEnv does in a step, taken apart
+                write = env.layout.writer(rows.observations[index, ...])  # an array even if it has no dimensions
+                self.turns.append((env.env.step, env.action_layout.unflatten, write, index))
         return [said for index, seed in enumerate(seeds) for said in self._begin(index, seed, options).items()]
 
     def _begin(self, index: int, seed: int | None = None, options: dict | None = None) -> dict[int, dict]:
-        self.progress[0] = index
-        _, info = self.envs[index].reset(seed=seed, options=options)
-        self.rows.masks[self.slices[index]] = self.envs[index].masks
+        self.progress[0], where = index, self.slices[index]
+        self.rows.observations[where], info = self.envs[index].reset(seed=seed, options=options)
+        self.rows.masks[where] = self.envs[index].masks
         return self._by_row(index, info) if self.all_infos else {}
 
     def _by_row(self, index: int, info: dict) -> dict[int, dict]:
@@ -490,11 +461,13 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
     """
 
     closed = True  # until there is something to close
-    __getstate__ = PettingZooPufferEnv.__getstate__
+
+    def __getstate__(self) -> dict:
+        raise TypeError(f"{type(self).__name__} shares the memory of its rows, so it cannot be copied or pickled")
 
     def __init__(self, env_fns: Sequence[Callable], zero_copy: bool = True, infos: str = "final"):
         self._shard = _Shard(env_fns, [0])
-        self.envs, self._stop = self._shard.envs, self._shard.close
+        self.envs, self.close_extras = self._shard.envs, self._shard.close  # what `close` calls
         self._divide(env_fns, 1, None, zero_copy, infos)
         self._construct(infos)
 
@@ -507,7 +480,8 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         num_envs = len(env_fns)
         if num_workers is None:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            num_workers = max(count for count in range(1, min(num_envs, cores) + 1) if num_envs % count == 0)
+            most = min(num_envs, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # torchrun's ranks share
+            num_workers = max(count for count in range(1, most + 1) if num_envs % count == 0)
         num_workers = operator.index(num_workers)  # NumPy's integers would do arithmetic with lists
         if not 0 < num_workers <= num_envs or num_envs % num_workers:
             raise ValueError(f"num_workers: expected a divisor of num_envs={num_envs}, got {num_workers}")
@@ -581,13 +555,13 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         """Step the environments of the last batch with `actions`, `(agents_per_batch, *single_action_space.shape)`."""
         self._check("send")
         actions, space = np.asarray(actions), self.action_space
-        fits = actions.shape == space.shape
-        if fits and actions.dtype != space.dtype:  # floats may be rounded, integers have to stay what they are
-            fits = actions.dtype.kind in ("biuf" if space.dtype.kind == "f" else "biu")
-            fits = fits and (space.dtype.kind == "f" or (actions.astype(space.dtype) == actions).all())
+        kinds = "biuf" if space.dtype.kind == "f" else "biu"  # floats may be rounded, integers stay what they are
+        fits = actions.shape == space.shape and actions.dtype.kind in kinds
+        if fits and actions.dtype != space.dtype and kinds == "biu":
+            fits = (actions.astype(space.dtype) == actions).all()
         if not fits:
-            expected = f"expected actions of shape {space.shape} in {space.dtype}"
-            raise APIUsageError(f"{expected}, got {actions.shape}, {actions.dtype}")
+            got = f"{actions.shape} in {actions.dtype}"
+            raise APIUsageError(f"expected actions of shape {space.shape} in {space.dtype}, got {got}")
         self._actions[self._where], self._expected = actions, "async_reset"  # unless all goes well
         for worker in self._workers:
             self._request(worker, "step")
@@ -600,20 +574,19 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         """
         self._check("recv")
         self._wait(self._groups_per_batch, timeout)
-        self._expected, ready = "async_reset", self._ready  # unless all goes well
-        self._workers, self._where, fields = self._groups[ready.popleft()]
-        if self._groups_per_batch > 1:
-            others = [self._groups[ready.popleft()] for _ in range(self._groups_per_batch - 1)]
-            self._workers = [*self._workers, *[worker for workers, _, _ in others for worker in workers]]
-            fields = [np.concatenate(parts) for parts in zip(fields, *[fields for _, _, fields in others])]
-            self._where = fields[4].copy()
-        elif not self.zero_copy:
-            fields = [field.copy() for field in fields]
+        self._expected = "async_reset"  # unless all goes well
+        groups = [self._groups[self._ready.popleft()] for _ in range(self._groups_per_batch)]
+        self._workers, self._where, fields = groups[0]
+        if not self.zero_copy:
+            self._workers = [worker for workers, _, _ in groups for worker in workers]
+            fields = [np.concatenate(parts) for parts in zip(*[fields for _, _, fields in groups])]
+            self._where = fields[4]
         infos: dict = {}
         for position, worker in enumerate(self._workers):
             for row, info in self._said[worker]:
                 infos = self._infos._add_info(infos, info, position * self._rows_per_worker + row)
-        (*arrays, self.agent_ids, self.masks), self._expected = fields, "send"
+        (*arrays, agent_ids, self.masks), self._expected = fields, "send"
+        self.agent_ids = agent_ids.copy()  # so that a learner may write into it
         return Batch(*arrays, infos, self.agent_ids, self.masks)
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple:
@@ -628,10 +601,6 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         if len(values) != self.num_envs:
             raise ValueError(f"values: expected one, or a list of {self.num_envs}, got {len(values)}")
         self._command("call", [((name, value), {}) for value in values], "set_wrapper_attr")
-
-    def close_extras(self, **kwargs: Any) -> None:
-        """Close all environments and end all workers; for `close`, which may be called at any time, and again."""
-        self._stop()
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
@@ -696,7 +665,7 @@ class _Line:
         """As a worker, wait until the parent asks for something; None when it closes: a ring without a flag."""
         start = time.perf_counter()
         deadline = start + SPIN_SECONDS * (self.waited < SPIN_SECONDS)
-        while self.flag[0] not in REQUESTS and time.perf_counter() < deadline:
+        while self.flag[0] < STEP and time.perf_counter() < deadline:
             _yield()
         self.worker_bell.acquire()
         self.waited = time.perf_counter() - start
@@ -753,7 +722,8 @@ class Multiprocessing(Serial):
 
     Args:
         env_fns: functions that return a gymnasium.Env or a PettingZoo ParallelEnv, adapted here if they are not yet.
-        num_workers: processes, a divisor of `num_envs`; by default the largest that the usable cores allow.
+        num_workers: processes, a divisor of `num_envs`; by default the largest that the usable cores allow, of which
+            torchrun's ranks have a share each.
         batch_size: environments a `recv`, a multiple of those that a worker has; by default all.
         zero_copy: views of the first complete block of neighbouring workers, valid until the next `send` of the same
             environments; if False, copies from whichever workers are ready first.
@@ -764,7 +734,8 @@ class Multiprocessing(Serial):
     def __init__(self, env_fns: Sequence[Callable], num_workers: int | None = None, batch_size: int | None = None,
                  zero_copy: bool = True, context: str | None = None, infos: str = "final"):
         self._lines, self._looked, self._waited = [], time.perf_counter(), 0.0
-        self._stop = multiprocessing.util.Finalize(self, _shut_down, [self._lines], exitpriority=1)  # not in forks
+        finalize = multiprocessing.util.Finalize  # runs at the end of this process too, but not of its forks
+        self.close_extras = finalize(self, _shut_down, [self._lines], exitpriority=1)
         self._divide(env_fns, num_workers, batch_size, zero_copy, infos)
         context, is_main = multiprocessing.get_context(context), threading.current_thread() is threading.main_thread()
         control, self._bell = context.RawArray("B", CACHE_LINE * self.num_workers), context.Semaphore(0)
@@ -801,7 +772,7 @@ class Multiprocessing(Serial):
                 for line in self._lines:  # also those that nobody waits for
                     if not line.process.is_alive() and line.flag[0] != MESSAGE:  # which would say more
                         self._fail(line)
-            for line in [line for line in self._busy if line.flag[0] not in REQUESTS]:
+            for line in [line for line in self._busy if line.flag[0] < STEP]:
                 if not has_rung:  # not for ever, as Ctrl-C may have swallowed that ring
                     self._bell.acquire(True, BLOCK_SECONDS)
                 has_rung = False

@@ -152,11 +152,15 @@ def test_what_is_no_parallel_env_is_refused():
             PettingZooPufferEnv(env)
 
 
-def test_a_team_refuses_copies_which_would_share_its_rows():
-    env = PettingZooPufferEnv(Team())
-    for make in (copy.copy, copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="cannot be copied or pickled"):
-            make(env)
+def test_a_copy_of_a_team_goes_its_own_way():
+    env = PettingZooPufferEnv(Team([("+++", "+T.", "+.+", "XXX")]))
+    before, _ = env.reset(seed=1)
+    for copied in (copy.deepcopy(env), pickle.loads(pickle.dumps(env))):
+        assert copied.masks.all() and copied.env is not env.env
+        assert copied.step(np.array([1, 2, 3]))[2].tolist() == [False, True, False]
+        copied.set_wrapper_attr("seed", 7)
+        assert (copied.seed, copied.get_wrapper_attr("seed"), env.seed) == (7, 7, 1) and env.masks.all()
+    assert np.array_equal(env.reset(seed=1)[0][:, 0], before[:, 0])
     with pytest.raises(AttributeError, match="seed"):
         PettingZooPufferEnv.__new__(PettingZooPufferEnv).seed  # noqa: B018
 
