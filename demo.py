@@ -46,7 +46,7 @@ class Args:
     target_return: float = float("inf")  # stop as soon as the last 100 episodes have this mean return
     exp_name: str = "demo"  # a part of the run's name
     resume: str | None = None  # checkpoint to go on with, or to play; its arguments hold where no flag is given
-    quiet: bool = False  # print nothing but errors
+    quiet: bool = False  # print nothing but errors, and what other modes than train are for
     vec: Literal["multiprocessing", "serial"] = "multiprocessing"  # step environments in workers, or in this process
     num_envs: int | None = None  # environments of each rank
     num_workers: int = 0  # processes that share them, 0 for what the cores allow
@@ -118,7 +118,7 @@ def prepare(args: Args) -> list[str]:
     args.expect("mode", args.mode == "train" or WORLD_SIZE == 1, "one process, torchrun has more")
     args.expect("mode", args.mode != "sweep" or SEARCH.keys() & chosen, f"no flag for one of {', '.join(SEARCH)}")
     if not args.quiet and RANK == 0:
-        print(f"{args.env_id} ({kind}):", " ".join(f"{name}={value}" for name, value in chosen.items()))
+        print(f"{args.env_id} ({kind}):", *[f"{name}={value}" for name, value in chosen.items()], flush=True)
     return list(chosen)
 
 
@@ -225,9 +225,10 @@ class Policy(nn.Module):
         self.is_continuous, num_actions = isinstance(action_space, spaces.Box), np.prod(action_space.shape, dtype=int)
         self.sizes = np.ravel(getattr(action_space, "nvec", getattr(action_space, "n", num_actions))).tolist()
         self.center, self.radius = np.ravel(getattr(action_space, "start", 0)), 1
-        if self.is_continuous:  # -1 and 1 are the bounds, where there are any
-            bounds = np.stack([action_space.low.ravel(), action_space.high.ravel()])
-            low, high = np.where(np.isfinite(bounds).all(0), bounds, [[-1.0], [1.0]])
+        if self.is_continuous:  # -1 and 1 are the bounds; of an open side, 2 from the other or from 1
+            low, high = action_space.low.ravel().astype(float), action_space.high.ravel().astype(float)
+            low = np.where(np.isfinite(low), low, np.where(np.isfinite(high), high - 2.0, -1.0))
+            high = np.where(np.isfinite(high), high, low + 2.0)
             self.center, self.radius = (high + low) / 2, (high - low) / 2
             self.log_std = nn.Parameter(torch.zeros(num_actions))
         self.actor, self.critic = nn.Linear(width, sum(self.sizes)), nn.Linear(width, 1)
@@ -276,10 +277,10 @@ class Policy(nn.Module):
 
 # --------------------------------------------------------------------------------------------------------- experience
 class Experience:
-    """Transitions by agent row: whoever comes when, each row has a time line of its own, in segments of `num_steps`.
+    """Transitions by agent row: in whatever order environments are ready, each row has a time line of its own.
 
-    An update takes the oldest complete segment of every row, in whatever order environments were ready. Once a quick
-    row has no place left, it takes the segments that are complete, and others later: none is lost or counts twice.
+    An update takes the oldest complete segment of `num_steps` of every row; once a quick row has no place left, those
+    that are complete, and the others later: none is lost or counts twice.
     """
 
     def __init__(self, envs: puffer_core.Serial, policy: Policy, args: Args, device: torch.device):
@@ -292,8 +293,7 @@ class Experience:
         self.actions, self.states = zeros(count, parts, dtype=dtype), zeros(count, width)
         self.logprobs, self.values, self.next_values, self.advantages, self.returns = zeros(5, count)
         self.starts, self.trainable = zeros(2, count, dtype=torch.bool)
-        self.rewards = np.zeros(count, np.float32)
-        self.valid, self.terminated, self.ended = np.zeros((3, count), bool)
+        self.rewards, (self.valid, self.terminated, self.ended) = np.zeros(count, "f4"), np.zeros((3, count), bool)
         self.begun, self.complete, self.consumed = np.zeros((3, envs.num_agents), np.int64)  # since the start
 
     def place(self, rows: np.ndarray, back: int = 0) -> np.ndarray:
@@ -332,19 +332,19 @@ class Trainer:
         self.args, self.iteration, self.global_step, self.num_episodes, self.stopping = args, 0, 0, 0, False
         self.returns, self.episode = deque(maxlen=100), {}  # of the last episodes; numbers of the very last
         self.seconds, self.losses, self.learned, self.device = defaultdict(float), {}, 0, torch.device("cpu")
+        env_fns = [partial(make_env, args.env_id, render=args.mode == "eval")] * args.num_envs
+        pool = {"num_workers": args.num_workers or None, "batch_size": args.env_batch_size or None}
+        make = puffer_core.Serial if args.vec == "serial" else partial(puffer_core.Multiprocessing, **pool)
+        try:
+            self.envs = envs = make(env_fns, zero_copy=args.zero_copy)  # before CUDA starts, which forks cannot use
+        except ValueError as error:
+            raise SystemExit(f"--num-workers, --env-batch-size: {error}") from None
         if torch.cuda.is_available() and args.cuda:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
         has_bf16 = torch.cuda.is_bf16_supported(False) if self.device.type == "cuda" else "bf16" in cpu
         torch.manual_seed(args.seed)  # all ranks begin with the same weights
-        env_fns = [partial(make_env, args.env_id, render=args.mode == "eval")] * args.num_envs
-        pool = {"num_workers": args.num_workers or None, "batch_size": args.env_batch_size or None}
-        make = puffer_core.Serial if args.vec == "serial" else partial(puffer_core.Multiprocessing, **pool)
-        try:
-            self.envs = envs = make(env_fns, zero_copy=args.zero_copy)
-        except ValueError as error:
-            raise SystemExit(f"--num-workers, --env-batch-size: {error}") from None
         self.task = f"{envs.layout.space}, {envs.single_action_space}, {args.hidden_size=}, {args.use_lstm=}"
         self.is_team = not envs.get_attr("masks")[0].all()  # agents of a team are absent before the first reset
         self.total_steps = args.total_timesteps // (one := envs.num_agents * args.num_steps * WORLD_SIZE) * one
@@ -356,7 +356,8 @@ class Trainer:
         self.policy.is_bf16 = self.precision == "bf16"
         set_malloc = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # glibc's: keep memory that was freed, as
         set_malloc(-1, 2**31 - 1), set_malloc(-4, 0)  # new pages slow a minibatch down; M_TRIM_THRESHOLD, M_MMAP_MAX
-        self.model = torch.compile(self.policy, mode="reduce-overhead") if args.compile else self.policy
+        mode = "default" if self.is_team or args.env_batch_size else "reduce-overhead"  # a CUDA graph for every size
+        self.model = torch.compile(self.policy, mode=mode) if args.compile else self.policy
         if distributed.is_initialized():
             self.model = nn.parallel.DistributedDataParallel(self.model)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
@@ -377,9 +378,9 @@ class Trainer:
         self.envs.async_reset(seed)
         self.receive()
 
-    def stop(self, *_: Any) -> None:
+    def stop(self, number: int, _: Any) -> None:
         self.stopping = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
+        signal.signal(number, signal.default_int_handler)  # a second Ctrl-C does not wait
 
     def is_over(self) -> bool:
         is_good = len(self.returns) >= 100 and np.mean(self.returns) >= self.args.target_return
@@ -408,7 +409,7 @@ class Trainer:
             self.alive, ids = batch.masks & goes_on, np.stack([self.rows, where, last, (ended & goes_on) | ~was_alive])
             experience.rewards[last], experience.terminated[last] = batch.rewards, batch.terminations
             experience.ended[last], experience.complete[self.rows] = ended, experience.begun[self.rows]
-            experience.valid[last] &= batch.masks  # of an agent gone without an end, nobody knows where its action led
+            experience.valid[last] &= batch.masks | batch.terminations  # else, nobody knows where an action led
             parts = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in (ids, batch.observations)]
             packed = torch.from_numpy(np.concatenate(parts))  # one copy to the device, from pinned memory on CUDA
             packed = (packed.pin_memory() if self.device.type == "cuda" else packed).to(self.device, non_blocking=True)
@@ -446,8 +447,7 @@ class Trainer:
     def act(self) -> None:
         """Choose actions for the batch, remember both, send its environments to work, and take the next batch."""
         experience, index, most = self.experience, self.index, torch.get_num_threads()
-        # Few rows gain nothing by more threads, which would still spin when the workers need the cores
-        torch.set_num_threads(min(most, max(1, len(self.rows) // 16)))
+        torch.set_num_threads(min(most, max(1, len(self.rows) // 16)))  # idle ones would spin on the workers' cores
         with self.clock("inference"):
             actions, logprobs, values, state = self.think()
             experience.observations[index], experience.starts[index] = self.observations, self.starts
@@ -484,8 +484,8 @@ class Trainer:
             sums[6], sequences = index.numel(), index.view(-1, experience.horizon)
             sequences = sequences[experience.trainable[sequences].any(1)]
             for _ in range(args.update_epochs):
-                for chosen in torch.randperm(len(sequences)).tensor_split(args.num_minibatches):
-                    sums[:6] += self.learn(sequences[chosen.to(self.device)])
+                for chosen in torch.randperm(len(sequences)).to(self.device).tensor_split(args.num_minibatches):
+                    sums[:6] += self.learn(sequences[chosen])
             if distributed.is_initialized():
                 distributed.all_reduce(sums)
             index = index[experience.trainable[index]]
@@ -503,10 +503,10 @@ class Trainer:
         if self.is_team:  # nothing of an absent agent's rows gets anywhere, not even NaN
             observations[~kept], actions[~kept] = 0, 0
         _, *outputs, _ = self.model(observations, experience.states[index[:, 0]], experience.starts[index], actions)
-        index, newlogprob, entropy, newvalue = (part[kept] for part in (index, *outputs))
+        index, newlogprob, entropy, newvalue = (part[kept] if self.is_team else part for part in (index, *outputs))
         advantages, returns, values = experience.advantages[index], experience.returns[index], experience.values[index]
         # Statistics and means are those of the minibatches of all ranks together, which may be empty
-        sums = torch.stack([torch.ones_like(advantages), advantages, advantages.square()]).double().sum(1)
+        sums = torch.stack([torch.ones_like(advantages), advantages, advantages.square()]).double().flatten(1).sum(1)
         if distributed.is_initialized():
             distributed.all_reduce(sums)
         count, total, squares = sums
@@ -629,7 +629,7 @@ def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) 
             stack.callback(signal.signal, number, signal.signal(number, trainer.stop))
         if args.resume:
             restore(trainer, load(args.resume))
-            args.expect("total_timesteps", trainer.learned < trainer.total_steps, f"more than {trainer.learned}")
+            args.expect("total_timesteps", trainer.learned < trainer.total_steps, f"an update beyond {trainer.learned}")
         trainer.start()
         dashboard = stack.enter_context(Dashboard(trainer, path.parent)) if RANK == 0 else None
         is_over = trainer.is_over()
@@ -703,7 +703,7 @@ def sweep(args: Args, chosen: list[str]) -> None:
 
         return train(dataclasses.replace(args, **drawn), report)
 
-    study.optimize(objective, n_trials=max(args.sweep_trials - num_ended, 0))
+    study.optimize(objective, n_trials=max(args.sweep_trials - num_ended, 0), catch=RuntimeError)  # NaN, for one
     optuna.visualization.matplotlib.plot_optimization_history(study).figure.savefig(folder / "history.png")
     found = " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in study.best_params.items())
     print(f"Best of {len(study.trials)} trials, see {folder}/history.png: return {study.best_value:.4g} with {found}")

@@ -204,7 +204,7 @@ class ActionLayout:
 
     Discrete, MultiDiscrete and Box pass through. Nested Box leaves become one float Box, other leaves one MultiDiscrete
     that counts from 0, whatever their `start`. TypeError: a mix of both, or a leaf that has no fixed size, by its path.
-    `valid` is the range of a Discrete's actions, which need no unflattening, and empty for other spaces.
+    `valid` has a Discrete's actions by number, as its `sample` has them, unless they are too many; others' is empty.
     """
 
     def __init__(self, space: spaces.Space):
@@ -214,7 +214,8 @@ class ActionLayout:
             raise TypeError(f"Box leaves (True) and others cannot be mixed in one flat action: {is_box}")
         low, high = np.concatenate([leaf.bounds for leaf in self._leaves], axis=1)
         self._ends, self._start = np.cumsum([leaf.bounds.shape[1] for leaf in self._leaves])[:-1], 0
-        self.valid = range(space.start, space.start + space.n) if isinstance(space, spaces.Discrete) else range(0)
+        numbers = range(space.start, space.start + space.n) if isinstance(space, spaces.Discrete) else ()
+        self.valid = {number: space.dtype.type(number) for number in numbers} if len(numbers) < 2**16 else {}
         if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.Box)):
             self.flat_space = space
         elif all(is_box.values()):
@@ -228,8 +229,8 @@ class ActionLayout:
     def unflatten(self, flat: Any) -> Any:
         """Return a sample of the space, Box values clipped and rounded; ValueError: wrong shape, NaN, out of range."""
         try:
-            if (action := operator.index(flat)) in self.valid:  # a Discrete's: 0.2 us, where what follows takes 8
-                return action
+            if (number := operator.index(flat)) in self.valid:  # a Discrete's: 0.2 us, where what follows takes 8
+                return self.valid[number]
         except TypeError:  # not one integer
             pass
         values, is_box = np.asarray(flat), isinstance(self.flat_space, spaces.Box)
@@ -239,7 +240,7 @@ class ActionLayout:
 
         def take(leaf: Leaf, part: np.ndarray) -> Any:
             if isinstance(leaf.space, spaces.Discrete):
-                return int(part[0])
+                return leaf.space.dtype.type(part[0])
             if leaf.bounds.dtype.kind == "f":
                 part = part.clip(*leaf.bounds)
             elif is_box:  # by Python's exact numbers: 2**63 is a float, but no int64
@@ -252,34 +253,38 @@ class ActionLayout:
 # ----------------------------------------------------------------------------------------------------------- adapters
 
 
-class GymnasiumPufferEnv(gymnasium.ObservationWrapper):
+class GymnasiumPufferEnv(gymnasium.ObservationWrapper, gymnasium.utils.RecordConstructorArgs):
     """A Gymnasium environment with flat observations and flat actions.
 
     This adapter and the next have `layout` and `action_layout`; flat `observation_space` and `action_space` of one
     agent (also under `single_...`); `num_agents` rows; bool `masks`, False where the last call had nothing for an
-    agent; `episode_over`. Other wrappers go inside: one around this is adapted again, and then `layout` is that of the
-    flat rows.
+    agent. Other wrappers go inside: one around this is adapted again, and then `layout` is that of the flat rows.
     """
 
     def __init__(self, env: gymnasium.Env):
+        gymnasium.utils.RecordConstructorArgs.__init__(self)
         super().__init__(env)
         self.layout, self.action_layout = Layout(env.observation_space), ActionLayout(env.action_space)
         self.observation_space = self.single_observation_space = self.layout.flat_space
         self.action_space = self.single_action_space = self.action_layout.flat_space
-        self.num_agents, self.masks, self.episode_over = 1, np.ones(1, bool), True
-        self.observation = self.layout.flatten  # for `reset`
+        self.num_agents, self.masks = 1, np.ones(1, bool)
         self.set_wrapper_attr = env.set_wrapper_attr  # the environment may have names of its own like those here
 
     def step(self, action: Any) -> tuple[np.ndarray, Any, Any, Any, dict]:
         """Step with a flat action; returns the flat observation, reward, terminated, truncated and info."""
         observation, *rest = self.env.step(self.action_layout.unflatten(action))
-        return self.layout.flatten(observation), *rest
+        return self.observation(observation), *rest
+
+    def observation(self, observation: Any) -> np.ndarray:
+        """Flatten an observation."""
+        return self.layout.flatten(observation)
 
 
 class PettingZooPufferEnv:
     """A PettingZoo ParallelEnv as rows: row i is `possible_agents[i]`'s for ever, and zero while that has nothing.
 
     `step` takes a flat action a row, ignored where its agent is not alive; it returns rows, and infos by agent.
+    `episode_over` tells whether every agent's part has ended. TypeError: agents whose spaces differ.
     """
 
     reset = GymnasiumPufferEnv.reset
@@ -381,7 +386,7 @@ class _Shard:
         own = slice(indices[0] * count, (indices[-1] + 1) * count)
         self.rows = _map_rows(path, num_envs * count, env.single_observation_space, env.single_action_space, own)
         self.is_team, self.is_discrete = adapter is PettingZooPufferEnv, isinstance(env.action_space, spaces.Discrete)
-        self.known = () if self.is_team else env.action_layout.valid  # actions that need no decoding
+        self.known = () if self.is_team else env.action_layout.valid or ()  # actions that need no decoding
         self.slices = [slice(row, row + count) for row in range(0, len(self.envs) * count, count)]
         return [CloudpickleWrapper((env.layout.space, env.action_layout.space, env.num_agents,
                 getattr(env, "metadata", {}), getattr(env, "render_mode", None))) for env in self.envs]  # fmt: skip
@@ -390,11 +395,12 @@ class _Shard:
         rows, self.turns = self.rows, []
         rows.rewards[:], rows.terminations[:], rows.truncations[:] = 0, False, False
         for index, (env, where) in enumerate(zip(self.envs, self.slices)):  # here, where all are known to be alike
-            if self.is_team:
-                self.turns.append((env.step, list, partial(np.copyto, rows.observations[where]), where))
-            else:  # what GymnasiumPufferEnv does in a step, taken apart
+            if type(env) is GymnasiumPufferEnv:  # its step is taken apart: 2.5 us less of an environment's time
                 write = env.layout.writer(rows.observations[index, ...])  # an array even if it has no dimensions
                 self.turns.append((env.env.step, env.action_layout.unflatten, write, index))
+            else:
+                write, where = partial(np.copyto, rows.observations[where]), where if self.is_team else index
+                self.turns.append((env.step, lambda action: action, write, where))
         return [said for index, seed in enumerate(seeds) for said in self._begin(index, seed, options).items()]
 
     def _begin(self, index: int, seed: int | None = None, options: dict | None = None) -> dict[int, dict]:
@@ -415,7 +421,8 @@ class _Shard:
         actions = rows.actions.tolist() if self.is_discrete else rows.actions
         for index, (play, decode, write, where) in enumerate(self.turns):
             progress[0], action = index, actions[where]
-            observation, reward, terminated, truncated, info = play(action if action in known else decode(action))
+            action = known[action] if action in known else decode(action)
+            observation, reward, terminated, truncated, info = play(action)
             write(observation)
             rewards[where] = reward if is_team or reward.__class__ is float else _scalar(reward)
             if is_team or terminated or truncated:
@@ -431,20 +438,21 @@ class _Shard:
         rows.masks[where] = acted = env.masks
         ended = np.flatnonzero(rows.terminations[where] | rows.truncations[where]) + where.start
         finals = {row: {"final_info": copy.deepcopy(infos.pop(row, {}))} for row in ended.tolist()}
-        if env.episode_over:
+        if not self.is_team or env.episode_over:
             last = rows.observations[where].copy()
             infos = self._begin(index)
-            for row in (np.flatnonzero(acted) + where.start).tolist():
-                if not rows.masks[row]:  # took part in the last step, but is not in the new episode
-                    rows.observations[row], rows.masks[row] = last[row - where.start], True
-                elif row in finals:
-                    finals[row]["final_obs"] = last[row - where.start]
+            for row, observation, has_acted in zip(range(where.start, where.stop), last, acted):
+                if has_acted and not rows.masks[row]:  # took part in the last step, but is not in the new episode
+                    rows.observations[row], rows.masks[row] = observation, True
+                elif row in finals and rows.masks[row]:
+                    finals[row]["final_obs"] = observation
         return [*finals.items(), *(infos.items() if self.all_infos else ())]
 
     def call(self, arguments: Sequence[tuple[tuple, dict]], name: str) -> list:
         results = []
         for index, (env, (args, kwargs)) in enumerate(zip(self.envs, arguments)):
-            self.progress[0], found = index, env.get_wrapper_attr(name)
+            self.progress[0] = index
+            found = env.get_wrapper_attr(name)
             results.append(found(*args, **kwargs) if callable(found) else found)
         return results
 
@@ -485,7 +493,7 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         num_workers = operator.index(num_workers)  # NumPy's integers would do arithmetic with lists
         if not 0 < num_workers <= num_envs or num_envs % num_workers:
             raise ValueError(f"num_workers: expected a divisor of num_envs={num_envs}, got {num_workers}")
-        per_worker, batch_size = num_envs // num_workers, num_envs if batch_size is None else batch_size
+        per_worker, batch_size = num_envs // num_workers, operator.index(num_envs if batch_size is None else batch_size)
         if not 0 < batch_size <= num_envs or batch_size % per_worker or (zero_copy and num_envs % batch_size):
             expected = f"a multiple of the {per_worker} environments a worker has, which divides num_envs={num_envs}"
             raise ValueError(f"batch_size: expected {expected} unless zero_copy=False, got {batch_size}")

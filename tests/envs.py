@@ -339,6 +339,16 @@ class Team:
         pass
 
 
+class Silent(Team):
+    """A team whose agents, when they terminate, are told no more than that and their reward."""
+
+    def __init__(self, scripts=(("+++", "T++", ".T+", "..T"), ("+++", "T+T", ".T."))):
+        super().__init__(scripts)
+
+    def _observe(self, present):
+        return super()._observe([one for one in present if one[2] != "T"])
+
+
 # Nine arrays, 13 kB: what MiniHack observes.
 MINIHACK_SPACE = spaces.Dict(
     {

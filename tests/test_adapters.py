@@ -7,6 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,6 +45,13 @@ def test_what_an_env_returned_stays_although_it_recycles_its_arrays():
     before = first.copy()
     env.step(0)
     assert np.array_equal(first, before)
+
+
+def test_gymnasium_can_check_it_and_make_it_anew():
+    env = GymnasiumPufferEnv(gymnasium.make("Blackjack-v1"))
+    check_env(env, skip_render_check=True)
+    again = gymnasium.make(env.spec)
+    assert isinstance(again, GymnasiumPufferEnv) and again.observation_space == env.observation_space
 
 
 ACTION_SPACES = [

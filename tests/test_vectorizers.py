@@ -37,6 +37,7 @@ from tests.envs import (
     NoOp,
     Observer,
     Recycling,
+    Silent,
     Team,
 )
 
@@ -387,6 +388,27 @@ def test_what_is_said_of_a_team_can_be_worked_out_by_hand(backend, name):
                 ]
             assert np.array_equal(batch.agent_ids, np.arange(6)) and np.array_equal(envs.masks, batch.masks)
             envs.send(np.full(6, 2))
+
+
+@backends
+def test_who_ends_without_a_last_observation_is_told_so_and_begins_anew(backend):
+    #        episode, time, who is there, who has ended
+    table = [(0, 0, [0, 1], []), (0, 1, [1], [0]), (1, 0, [0, 1], [1]), (2, 0, [0, 1], [0, 1])]
+    with backend([functools.partial(Silent, [("++", "T+", ".T"), ("++", "TT")])] * 2) as envs:
+        envs.async_reset(seed=0)
+        for episode, time, present, ended in table:
+            batch = envs.recv()
+            rows = [team_row(envs, row, episode, time) if row in present else [0] * 12 for row in range(2)]
+            assert batch.observations.tolist() == rows * 2
+            # A row that shows the next episode already needs another word for the end.
+            told = {"masks": present, "_final_info": ended, "_final_obs": ended if time == 0 else []}
+            told |= {"terminations": ended, "truncations": []}
+            for name, agents in told.items():
+                found = getattr(batch, name, batch.infos.get(name, np.zeros(4, bool)))
+                assert np.flatnonzero(found).tolist() == [*agents, *[2 + agent for agent in agents]], name
+            for row in np.flatnonzero(batch.infos.get("_final_obs", [])):
+                assert not batch.infos["final_obs"][row].any()
+            envs.send(np.array([1, 2, 1, 2]))
 
 
 @backends
@@ -880,6 +902,16 @@ def test_a_call_that_fails_names_its_env():
         assert (caught.value.env_index, caught.value.worker) == (2, 1)
 
 
+@pytest.mark.parametrize("without", [0, 1, 3])
+def test_a_missing_attribute_names_the_env_that_lacks_it(without):
+    class Extra(Counter):
+        extra = 1
+
+    with Multiprocessing([Counter if at == without else Extra for at in range(4)], num_workers=1) as envs:
+        with pytest.raises(WorkerError, match=f"environment {without} .*call.*"):
+            envs.get_attr("extra")
+
+
 def test_layouts_travel_between_processes():
     with Multiprocessing([Nested] * 2, num_workers=2) as envs:
         rows, _ = envs.reset(seed=1)
@@ -967,6 +999,40 @@ def test_envs_that_are_adapted_already_are_taken_as_they_are():
         with Serial([make]) as envs:
             assert isinstance(envs.envs[0], GymnasiumPufferEnv) and isinstance(envs.envs[0].env, Nested)
             assert envs.reset(seed=1)[0].shape == (1, *envs.layout.flat_space.shape)
+
+
+class Doubling(GymnasiumPufferEnv):
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        return observation, 2 * reward, *rest
+
+    def observation(self, observation):
+        return super().observation(observation) + 1
+
+
+@backends
+def test_what_an_adapter_of_ones_own_does_counts(backend):
+    with backend([lambda: Doubling(Counter())] * 2) as envs:
+        assert envs.reset(seed=4)[0][:, :3].tolist() == [[5, 1, 1], [6, 1, 1]]
+        observations, rewards, *_ = envs.step([4, 0])
+        assert observations[:, :3].tolist() == [[5, 1, 2], [6, 1, 2]] and rewards.tolist() == [3.0, 2.0]
+
+
+class Typed(Counter):
+    """Is of those that call `action.item()` or the like, as gymnasium's own classes let them."""
+
+    def step(self, action):
+        assert type(action) is np.int64
+        return super().step(action.item())
+
+
+@backends
+def test_discrete_actions_are_of_the_type_that_gymnasium_has(backend):
+    with backend([lambda: Typed(5)] * 2) as envs:
+        envs.reset(seed=1)
+        assert envs.step([3, 4])[0][:, 3].tolist() == [3, 4]
+        with pytest.raises((ValueError, WorkerError), match="expected an action in Discrete"):
+            envs.step([3, 5])
 
 
 @pytest.mark.parametrize("backend", [Serial, Multiprocessing])
