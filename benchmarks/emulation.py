@@ -1,11 +1,12 @@
-"""How long it takes to flatten an observation and to unpack it again, against gymnasium and against bare numpy.
+"""How long it takes to flatten an observation and to unpack it again, and what that adds to a step of the game.
 
     python -m benchmarks.emulation            # about a minute; writes benchmarks/results/emulation.json
     python -m benchmarks.emulation --quick    # a few seconds
 
 All contenders of a case run in this process and take turns: A B C A B C. "Bare" is the limit: code written by hand for
 the one space, that assigns leaf by leaf into views bound beforehand, or slices at offsets known beforehand. Torch
-unpacks a batch of rows and reads every leaf, since a compiled function that only makes views does nothing.
+unpacks a batch of rows and reads every leaf, since a compiled function that only makes views does nothing. Steps are
+those of one and the same game, by itself and as a worker steps it: with the action looked up, and the row written.
 """
 
 import time
@@ -17,6 +18,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 import tyro
@@ -24,7 +26,7 @@ from gymnasium import spaces
 from rich.progress import track
 
 from benchmarks import environments, records
-from puffer_core import Layout
+from puffer_core import GymnasiumPufferEnv, Layout
 
 BATCH = 64  # rows that a policy unpacks at once
 SAMPLES = 64  # different observations, one after another
@@ -93,7 +95,30 @@ def total(tree: Any) -> torch.Tensor:
 
 def cases() -> dict[str, dict[str, Callable]]:
     """Return contenders by case; each is a function without arguments."""
-    return {case: calls for name, found in observations().items() for case, calls in of(name, *found)}
+    found = {case: calls for name, seen in observations().items() for case, calls in of(name, *seen)}
+    games = {"MiniHack": environments.bare_minihack(), "NetHackWrapper": environments.minihack()}
+    return found | {f"step, {name}": steps(env) for name, env in games.items()}
+
+
+def steps(env: gymnasium.Env) -> dict[str, Callable]:
+    """Return steps of one game: by itself, and with what emulation adds to it in a worker."""
+    adapter = GymnasiumPufferEnv(env)
+    row, _ = adapter.reset(seed=1)
+    write, known = adapter.layout.writer(row), adapter.action_layout.valid
+    turn = cycle(np.random.default_rng(1).integers(len(known), size=997).tolist()).__next__
+
+    def bare() -> None:
+        _, _, terminated, truncated, _ = env.step(turn())
+        if terminated or truncated:
+            env.reset()
+
+    def emulated() -> None:
+        observation, _, terminated, truncated, _ = env.step(known[turn()])
+        write(observation)
+        if terminated or truncated:
+            env.reset()
+
+    return {"bare game": bare, "puffer_core": emulated}
 
 
 def of(name: str, space: spaces.Space, samples: list) -> Iterator[tuple[str, dict[str, Callable]]]:

@@ -104,13 +104,18 @@ def breakout() -> gymnasium.Env:
     return AtariWrapper(gymnasium.make("BreakoutNoFrameskip-v4"))
 
 
-def minihack() -> gymnasium.Env:
-    """Return a task of MiniHack behind this project's one wrapper; it observes nine arrays, 12.6 kB in all."""
+def bare_minihack() -> gymnasium.Env:
+    """Return a task of MiniHack as it is; it observes nine arrays, 12.6 kB in all."""
     import minihack  # noqa: F401  makes its tasks known to gymnasium
 
+    return gymnasium.make("MiniHack-River-v0", observation_keys=NETHACK_KEYS)
+
+
+def minihack() -> gymnasium.Env:
+    """Return that task behind this project's one wrapper."""
     from nethack_wrappers import NetHackWrapper
 
-    return NetHackWrapper(gymnasium.make("MiniHack-River-v0", observation_keys=NETHACK_KEYS))
+    return NetHackWrapper(bare_minihack())
 
 
 def spread():
