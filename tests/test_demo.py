@@ -432,14 +432,22 @@ def updated(updates, **arguments):
         return trainer.policy.state_dict(), trainer.losses, list(trainer.returns)
 
 
-def distance_from_vanilla_ppo_atari(seed):
-    """Learn twice on the real game, and so by PPO written out plainly; returns how far apart the weights come to be."""
+def flat_weights(network):
+    return torch.cat([weights.detach().flatten() for weights in network.parameters()])
+
+
+def beside_vanilla_ppo_atari(seed, precision="fp32"):
+    """Learn twice on the real game, and from the same steps by PPO written out plainly, in float32, with that network.
+
+    Returns how far apart the weights come to be, and the cosine between their ways there.
+    """
     sizes, game = {"num_envs": 4, "num_steps": 64}, {"env_id": "BreakoutNoFrameskip-v4", "hidden_size": 512}
-    with trainer_of(**sizes, **game, total_timesteps=10 * 256, seed=seed, precision="fp32") as trainer:
+    with trainer_of(**sizes, **game, total_timesteps=10 * 256, seed=seed, precision=precision) as trainer:
         agent = vanilla_ppo_atari.Agent(trainer.envs)
         for own, other in zip(trainer.policy.parameters(), agent.parameters(), strict=True):
             torch.testing.assert_close(own.norm(), other.norm(), rtol=1e-4, atol=0)  # orthogonal, of one gain
             other.data.copy_(own)
+        first = flat_weights(agent)
         optimizer, experience = torch.optim.Adam(agent.parameters(), lr=2.5e-4, eps=1e-5), trainer.experience
         for update in range(2):
             trainer.collect()
@@ -473,8 +481,8 @@ def distance_from_vanilla_ppo_atari(seed):
                 (policy_loss - 0.01 * entropy.mean() + 0.5 * value_loss).backward()
                 torch.nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
                 optimizer.step()
-        pairs = zip(trainer.policy.parameters(), agent.parameters())
-        return max((own - other).abs().max().item() for own, other in pairs)
+        own, other = flat_weights(trainer.policy) - first, flat_weights(agent) - first
+        return (own - other).abs().max().item(), torch.cosine_similarity(own, other, dim=0).item()
 
 
 def test_an_update_is_that_of_vanilla_ppo_atari():
@@ -482,8 +490,14 @@ def test_an_update_is_that_of_vanilla_ppo_atari():
     is enough to take another turn, which some seeds do on some processors."""
     distances = []
     while not distances or (distances[-1] > 1e-5 and len(distances) < 3):
-        distances.append(distance_from_vanilla_ppo_atari(seed=3 + len(distances)))
+        distances.append(beside_vanilla_ppo_atari(seed=3 + len(distances))[0])
     assert distances[-1] <= 1e-5 and max(distances) < 1e-3, distances
+
+
+def test_bfloat16_goes_the_way_of_float32():
+    """Of a network's first steps, which is where Adam makes most of rounding: 0.96 and 0.97 were seen."""
+    cosines = [beside_vanilla_ppo_atari(seed, precision="bf16")[1] for seed in (3, 4)]
+    assert min(cosines) > 0.9, cosines
 
 
 def test_a_rollout_is_what_vanilla_ppo_atari_would_play():
