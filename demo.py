@@ -356,7 +356,7 @@ class Trainer:
         self.policy.is_bf16 = self.precision == "bf16"
         set_malloc = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # glibc's: keep memory that was freed, as
         set_malloc(-1, 2**31 - 1), set_malloc(-4, 0)  # new pages slow a minibatch down; M_TRIM_THRESHOLD, M_MMAP_MAX
-        mode = "default" if self.is_team or args.env_batch_size else "reduce-overhead"  # a CUDA graph for every size
+        mode = "default" if self.is_team or args.env_batch_size else "reduce-overhead"  # a CUDA graph a size
         self.model = torch.compile(self.policy, mode=mode) if args.compile else self.policy
         if distributed.is_initialized():
             self.model = nn.parallel.DistributedDataParallel(self.model)
@@ -690,10 +690,9 @@ def sweep(args: Args, chosen: list[str]) -> None:
 
     def objective(trial: optuna.Trial) -> float:
         drawn = {"mode": "train", "quiet": True, "exp_name": f"{args.exp_name}-{trial.number}"}
-        for name, (low, high) in SEARCH.items():
-            if name in chosen:
-                suggest = trial.suggest_int if isinstance(low, int) else trial.suggest_float
-                drawn[name] = suggest(name, low, high, log=high > 10 * low)
+        for name, (low, high) in [(name, SEARCH[name]) for name in SEARCH if name in chosen]:
+            suggest = trial.suggest_int if isinstance(low, int) else trial.suggest_float
+            drawn[name] = suggest(name, low, high, log=high > 10 * low)
 
         def report(trainer: Trainer) -> None:
             if trainer.returns:
@@ -704,6 +703,7 @@ def sweep(args: Args, chosen: list[str]) -> None:
         return train(dataclasses.replace(args, **drawn), report)
 
     study.optimize(objective, n_trials=max(args.sweep_trials - num_ended, 0), catch=RuntimeError)  # NaN, for one
+    args.expect("sweep_trials", any(trial.values for trial in study.trials), "one that does not fail as these have")
     optuna.visualization.matplotlib.plot_optimization_history(study).figure.savefig(folder / "history.png")
     found = " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in study.best_params.items())
     print(f"Best of {len(study.trials)} trials, see {folder}/history.png: return {study.best_value:.4g} with {found}")

@@ -339,6 +339,20 @@ class Team:
         pass
 
 
+class Blind(Counter):
+    """Observes nothing but NaN, the first `blind` times that it is made."""
+
+    observation_space, made, blind = spaces.Box(-np.inf, np.inf, (2,), np.float32), 0, 0
+
+    def __init__(self):
+        super().__init__()
+        type(self).made += 1
+        self.seen = np.full(2, np.nan if self.made <= self.blind else 0.0, np.float32)
+
+    def _observation(self):
+        return self.seen
+
+
 class Silent(Team):
     """A team whose agents, when they terminate, are told no more than that and their reward."""
 

@@ -29,6 +29,7 @@ from test_scripts import running_in_group
 import demo
 import puffer_core
 import vanilla_ppo_atari
+from tests.envs import Blind
 
 torch.set_num_threads(1)
 
@@ -952,6 +953,22 @@ def one_core():
     os.sched_setaffinity(0, {min(usable)})
     yield
     os.sched_setaffinity(0, usable)
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_trial_that_fails_ends_no_sweep(failing, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Blind, "made", 0)
+    monkeypatch.setattr(Blind, "blind", 1 + failing)  # the first is made to look at the spaces
+    flags = "--mode sweep --env-id tests.envs:Blind --vec serial --num-envs 1 --num-steps 16 --total-timesteps 16"
+    args = tyro.cli(demo.Args, args=[*flags.split(), "--hidden-size", "8", "--sweep-trials", "2", "--no-cuda"])
+    chosen = demo.prepare(args)
+    if failing == 2:
+        with pytest.raises(SystemExit, match="--sweep-trials 2: expected one that does not fail"):
+            demo.sweep(args, chosen)
+    else:
+        demo.sweep(args, chosen)
+        assert "Best of 2 trials" in capsys.readouterr().out
 
 
 def test_autotune_measures_and_names_a_command(capsys, one_core):
