@@ -857,6 +857,33 @@ def test_ctrl_c_saves_and_leaves_no_process(tmp_path):
     assert f"Saved {path.relative_to(tmp_path)}" in stdout
 
 
+HANGING = """
+import time
+from tests.envs import Counter
+
+class Hanging(Counter):
+    def step(self, action):
+        print("hangs", flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_wait_for_an_env_that_hangs(number, tmp_path):
+    (tmp_path / "mine.py").write_text(HANGING)
+    process = started(tmp_path, "--env-id", "mine:Hanging", "--num-workers", "1")
+    try:
+        assert "hangs\n" in iter(process.stdout.readline, "")
+        for pause in (0.5, 8.0):  # workers get 3 s to close before they are killed
+            process.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=pause)
+            assert (process.poll() is None) == (pause < 1)
+        wait_for(lambda: not running_in_group(process.pid), 5)
+    finally:
+        process.kill()
+
+
 def test_the_dashboard_shows_where_a_run_stands(tmp_path):
     with trainer_of("CartPole-v1", num_steps=32, total_timesteps=1280) as trainer:
         dashboard = demo.Dashboard(trainer, tmp_path)
