@@ -225,7 +225,7 @@ class Policy(nn.Module):
         self.is_continuous, num_actions = isinstance(action_space, spaces.Box), np.prod(action_space.shape, dtype=int)
         self.sizes = np.ravel(getattr(action_space, "nvec", getattr(action_space, "n", num_actions))).tolist()
         self.center, self.radius = np.ravel(getattr(action_space, "start", 0)), 1
-        if self.is_continuous:  # -1 and 1 are the bounds; of an open side, 2 from the other or from 1
+        if self.is_continuous:  # -1 and 1 are the bounds, or the one there is and 2 beside it
             low, high = action_space.low.ravel().astype(float), action_space.high.ravel().astype(float)
             low = np.where(np.isfinite(low), low, np.where(np.isfinite(high), high - 2.0, -1.0))
             high = np.where(np.isfinite(high), high, low + 2.0)
@@ -356,7 +356,7 @@ class Trainer:
         self.policy.is_bf16 = self.precision == "bf16"
         set_malloc = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # glibc's: keep memory that was freed, as
         set_malloc(-1, 2**31 - 1), set_malloc(-4, 0)  # new pages slow a minibatch down; M_TRIM_THRESHOLD, M_MMAP_MAX
-        mode = "default" if self.is_team or args.env_batch_size else "reduce-overhead"  # a CUDA graph a size
+        mode = "default" if self.is_team or args.env_batch_size else "reduce-overhead"  # a CUDA graph per size
         self.model = torch.compile(self.policy, mode=mode) if args.compile else self.policy
         if distributed.is_initialized():
             self.model = nn.parallel.DistributedDataParallel(self.model)
