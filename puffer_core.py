@@ -221,7 +221,7 @@ class ActionLayout:
         low, high = np.concatenate([leaf.bounds for leaf in self._leaves], axis=1)
         self._ends, self._start = np.cumsum([leaf.bounds.shape[1] for leaf in self._leaves])[:-1], 0
         numbers = range(space.start, space.start + space.n) if isinstance(space, spaces.Discrete) else ()
-        self.valid = {number: space.dtype.type(number) for number in numbers} if len(numbers) < 2**16 else {}
+        self.valid = {number: space.dtype.type(number) for number in numbers} if len(numbers) < 2**12 else {}
         if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.Box)):
             self.flat_space = space
         elif all(is_box.values()):
@@ -306,6 +306,7 @@ class PettingZooPufferEnv:
         self.layout, self.action_layout = Layout(pairs[0][0]), ActionLayout(pairs[0][1])
         self.observation_space = self.single_observation_space = self.layout.flat_space
         self.action_space = self.single_action_space = self.action_layout.flat_space
+        self._row = {agent: row for row, agent in enumerate(self.possible_agents)}
         self.masks, self.episode_over = np.zeros(self.num_agents, bool), True
         self.get_wrapper_attr, self.set_wrapper_attr = partial(getattr, self), partial(setattr, env)
 
@@ -325,9 +326,8 @@ class PettingZooPufferEnv:
     def observation(self, observations: dict) -> np.ndarray:
         """Flatten observations by agent into rows `(num_agents, *flat)`."""
         rows = np.zeros((self.num_agents, *self.observation_space.shape), self.observation_space.dtype)
-        for row, agent in enumerate(self.possible_agents):
-            if agent in observations:
-                rows[row] = self.layout.flatten(observations[agent])
+        for agent, observation in observations.items():
+            rows[self._row[agent]] = self.layout.flatten(observation)
         self.masks = np.array([agent in observations for agent in self.possible_agents])
         return rows
 

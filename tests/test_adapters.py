@@ -57,6 +57,7 @@ def test_gymnasium_can_check_it_and_make_it_anew():
 ACTION_SPACES = [
     spaces.Discrete(4),
     spaces.Discrete(3, start=-7),
+    spaces.Discrete(100_000, start=-7),
     spaces.MultiDiscrete([2, 5, 3]),
     spaces.MultiDiscrete([[2, 5], [3, 4]], start=[[1, 2], [-3, 4]]),
     spaces.MultiBinary(4),
@@ -143,6 +144,12 @@ def test_actions_of_the_absent_are_not_looked_at():
     env.step(np.array([2, 99, 99]))
     with pytest.raises(ValueError, match="99"):
         env.step(np.array([99, 1, 1]))
+
+
+def test_an_agent_that_nobody_announced_is_named():
+    env = PettingZooPufferEnv(Team())
+    with pytest.raises(KeyError, match="stranger"):
+        env.observation({"stranger": env.layout.space.sample()})
 
 
 def test_agents_with_different_spaces_are_refused_by_name():
