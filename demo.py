@@ -163,9 +163,8 @@ def leaves_of(nested: Any) -> list:
     """Return the leaves of a nested space or, in the same order, of its observations; NetHack's Dict is one."""
     if isinstance(nested, Mapping) and not set(NETHACK_KEYS) <= set(nested):
         nested = tuple(nested.values())
-    if isinstance(nested, (tuple, spaces.Tuple)):
-        return [leaf for part in nested for leaf in leaves_of(part)]
-    return [nested]
+    is_leaf = not isinstance(nested, (tuple, spaces.Tuple))
+    return [nested] if is_leaf else [leaf for part in nested for leaf in leaves_of(part)]
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
@@ -411,8 +410,9 @@ class Trainer:
             experience.ended[last], experience.complete[self.rows] = ended, experience.begun[self.rows]
             experience.valid[last] &= batch.masks | batch.terminations  # else, nobody knows where an action led
             parts = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in (ids, batch.observations)]
-            packed = torch.from_numpy(np.concatenate(parts))  # one copy to the device, from pinned memory on CUDA
-            packed = (packed.pin_memory() if self.device.type == "cuda" else packed).to(self.device, non_blocking=True)
+            packed = torch.empty(sum(map(len, parts)), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+            np.concatenate(parts, out=packed.numpy())
+            packed = packed.to(self.device, non_blocking=True)  # one copy to the device, from pinned memory on CUDA
             self.row_ids, self.index, self.previous, starts = packed[: ids.nbytes].view(torch.int64).view(ids.shape)
             flat = packed[ids.nbytes :].view(experience.observations.dtype)
             self.observations, self.starts, self.bootstraps = flat.view(batch.observations.shape), starts.bool(), None

@@ -45,7 +45,7 @@ class Args:
     cases: tuple[str, ...] = ()
     """cases to measure, wildcards allowed; by default all"""
     contenders: tuple[str, ...] = ("*",)
-    """contenders to measure, wildcards allowed; unless all are, nothing is written: ratios are of one run"""
+    """contenders to measure, wildcards allowed; unless all are, nothing is written but where --results says"""
     rounds: int = 5
     """turns that each contender gets"""
     seconds: float = 0.3
@@ -337,7 +337,7 @@ def main() -> None:
             compare(name, rows, args.rounds, args.seconds, spent)
             entries = [record(name, row) for row in rows]
             print("\n".join([f"{name}: {CASES[name].title}", *map(line, entries)]), flush=True)
-            if args.contenders == ("*",):
+            if args.contenders == ("*",) or args.results:
                 head = {"benchmark": "vectorization", "case": name, "title": CASES[name].title}
                 head |= {"num_envs": CASES[name].num_envs, "unit": "agent steps per second"}
                 head |= {"rounds": args.rounds, "turn": f"{args.seconds:g} s", **source, "records": entries}
