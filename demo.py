@@ -91,8 +91,7 @@ COMMON |= {"clip_vloss": False, "ent_coef": 0.01, "reward_scale": 0.1, "hidden_s
 PRESETS = {
     "images": {"hidden_size": 512, "learning_rate": 2.5e-4, "clip_coef": 0.1, "clip_vloss": True, "reward_scale": 1.0},
     "nethack": {"hidden_size": 256, "reward_scale": 1.0},
-    "continuous": {"ent_coef": 0.0, "update_epochs": 10},
-    "discrete": {"learning_rate": 2.5e-3},
+    "continuous": {"ent_coef": 0.0, "update_epochs": 10}, "discrete": {"learning_rate": 2.5e-3},
 }
 
 
@@ -241,16 +240,14 @@ class Policy(nn.Module):
 
     def forward(self, x: torch.Tensor, state: Any, starts: torch.Tensor, actions: Any = None) -> tuple:
         """Follow sequences `(batch, time, *row)`; returns actions, log-probabilities, entropies, values, last state."""
-        rows, num_steps = x.flatten(0, 1), x.shape[1]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_bf16):
-            leaves = leaves_of(self.layout.unflatten(rows))
+            leaves = leaves_of(self.layout.unflatten(x.flatten(0, 1)))
             summed = sum(read(leaf) for read, leaf in zip(self.readers, leaves))  # as one layer over all of them would
-            hidden, outputs = self.rest(summed).unflatten(0, (-1, num_steps)).float(), []
-        for step in range(num_steps) if self.memory else ():
+            hidden, outputs = self.rest(summed).unflatten(0, x.shape[:2]).float(), []
+        for step in range(x.shape[1]) if self.memory else ():
             state = state.masked_fill(starts[:, step, None], 0.0)  # an episode starts without memories
             output, cell = self.memory(hidden[:, step], state.chunk(2, dim=1))
-            state = torch.cat([output, cell], dim=1)
-            outputs.append(output)
+            outputs, state = [*outputs, output], torch.cat([output, cell], dim=1)
         hidden = torch.stack(outputs, dim=1) if self.memory else hidden
         return (*self.act(self.actor(hidden), actions), self.critic(hidden)[..., 0], state)
 
@@ -278,8 +275,7 @@ class Policy(nn.Module):
 class Experience:
     """Transitions by agent row: in whatever order environments are ready, each row has a time line of its own.
 
-    An update takes the oldest complete segment of `num_steps` of every row; once a quick row has no place left, those
-    that are complete, and the others later: none is lost or counts twice.
+    An update takes every row's oldest complete segment or, once a quick row has no place left, those that there are.
     """
 
     def __init__(self, envs: puffer_core.Serial, policy: Policy, args: Args, device: torch.device):
@@ -356,9 +352,9 @@ class Trainer:
         set_malloc = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # glibc's: keep memory that was freed, as
         set_malloc(-1, 2**31 - 1), set_malloc(-4, 0)  # new pages slow a minibatch down; M_TRIM_THRESHOLD, M_MMAP_MAX
         mode = "default" if self.is_team or args.env_batch_size else "reduce-overhead"  # a CUDA graph per size
-        self.model = torch.compile(self.policy, mode=mode) if args.compile else self.policy
-        if distributed.is_initialized():
-            self.model = nn.parallel.DistributedDataParallel(self.model)
+        self.model = nn.parallel.DistributedDataParallel(self.policy) if distributed.is_initialized() else self.policy
+        if args.compile:
+            self.model, self.compare = [torch.compile(one, mode=mode) for one in (self.model, self.compare)]
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         self.experience = Experience(envs, self.policy, args, self.device)
         torch.manual_seed(args.seed + RANK)  # and draw other actions
@@ -498,22 +494,32 @@ class Trainer:
     def learn(self, index: torch.Tensor) -> torch.Tensor:
         """Take one gradient step on a minibatch of sequences, `(sequences, horizon)`; returns what to log."""
         args, experience, kept = self.args, self.experience, self.experience.trainable[index]
-        observations = experience.observations.index_select(0, index.flatten())  # 0.2 ms for 256 images, [index] 3.3
-        observations, actions = observations.unflatten(0, index.shape), experience.actions[index]
-        if self.is_team:  # nothing of an absent agent's rows gets anywhere, not even NaN
-            observations[~kept], actions[~kept] = 0, 0
-        _, *outputs, _ = self.model(observations, experience.states[index[:, 0]], experience.starts[index], actions)
-        index, newlogprob, entropy, newvalue = (part[kept] if self.is_team else part for part in (index, *outputs))
-        advantages, returns, values = experience.advantages[index], experience.returns[index], experience.values[index]
-        # Statistics and means are those of the minibatches of all ranks together, which may be empty
-        sums = torch.stack([torch.ones_like(advantages), advantages, advantages.square()]).double().flatten(1).sum(1)
+        rows = experience.observations.index_select(0, index.flatten())  # 0.2 ms for 256 images, [index] 3.3
+        fields = experience.actions, experience.logprobs, experience.values, experience.returns, experience.advantages
+        parts = [rows.unflatten(0, index.shape), *[field[index] for field in fields]]
+        for part in parts if self.is_team else ():  # nothing of an absent agent's rows gets anywhere, not even NaN
+            part[~kept] = 0
+        advantages = parts.pop()
+        sums = (torch.stack([kept, advantages, advantages.square()]) * kept).double().flatten(1).sum(1)
         if distributed.is_initialized():
             distributed.all_reduce(sums)
-        count, total, squares = sums
+        count, total, squares = sums  # of the minibatches of all ranks together, which may be empty
         if args.norm_adv:
             deviation = ((squares - total.square() / count) / (count - 1).clamp(min=1)).clamp(min=0).sqrt()
             advantages = ((advantages - total / count) / (deviation + 1e-8)).float()
-        logratio = newlogprob - experience.logprobs[index]
+        sums = self.compare(experience.states[index[:, 0]], experience.starts[index], kept, advantages, *parts)
+        means = sums / count.clamp(min=1).float()
+        loss = means[0] + args.vf_coef * means[1] - args.ent_coef * means[2]
+        self.optimizer.zero_grad()
+        (loss * WORLD_SIZE).backward()  # which averages gradients over ranks, where a sum is due
+        nn.utils.clip_grad_norm_(self.policy.parameters(), args.max_grad_norm)
+        self.optimizer.step()
+        return means.detach()
+
+    def compare(self, states, starts, kept, advantages, rows, actions, logprobs, values, returns) -> torch.Tensor:
+        """Return sums over the steps that are `kept`: losses of policy and value, entropy, and how far it has moved."""
+        args, (_, newlogprob, entropy, newvalue, _) = self.args, self.model(rows, states, starts, actions)
+        logratio = (newlogprob - logprobs) * kept
         ratio = logratio.exp()
         clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
         v_error = (newvalue - returns).square()
@@ -522,14 +528,8 @@ class Trainer:
             v_error = torch.max(v_error, (clipped_value - returns).square())
         gain = torch.min(advantages * ratio, advantages * clipped_ratio)
         # Two estimates of the divergence, see http://joschu.net/blog/kl-approx.html
-        figures = (-gain, 0.5 * v_error, entropy, -logratio, ratio - 1 - logratio, ratio != clipped_ratio)
-        means = torch.stack([figure.sum() for figure in figures]) / count.clamp(min=1).float()
-        loss = means[0] + args.vf_coef * means[1] - args.ent_coef * means[2]
-        self.optimizer.zero_grad()
-        (loss * WORLD_SIZE).backward()  # which averages gradients over ranks, where a sum is due
-        nn.utils.clip_grad_norm_(self.policy.parameters(), args.max_grad_norm)
-        self.optimizer.step()
-        return means.detach()
+        figures = -gain, 0.5 * v_error, entropy, -logratio, ratio - 1 - logratio, ratio != clipped_ratio
+        return (torch.stack(figures) * kept).flatten(1).sum(1)
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
