@@ -499,26 +499,24 @@ class Trainer:
         parts = [rows.unflatten(0, index.shape), *[field[index] for field in fields]]
         for part in parts if self.is_team else ():  # nothing of an absent agent's rows gets anywhere, not even NaN
             part[~kept] = 0
-        advantages = parts.pop()
+        advantages = parts[-1]
         sums = (torch.stack([kept, advantages, advantages.square()]) * kept).double().flatten(1).sum(1)
         if distributed.is_initialized():
             distributed.all_reduce(sums)
-        count, total, squares = sums  # of the minibatches of all ranks together, which may be empty
-        if args.norm_adv:
-            deviation = ((squares - total.square() / count) / (count - 1).clamp(min=1)).clamp(min=0).sqrt()
-            advantages = ((advantages - total / count) / (deviation + 1e-8)).float()
-        sums = self.compare(experience.states[index[:, 0]], experience.starts[index], kept, advantages, *parts)
-        means = sums / count.clamp(min=1).float()
-        loss = means[0] + args.vf_coef * means[1] - args.ent_coef * means[2]
+        means, loss = self.compare(sums, experience.states[index[:, 0]], experience.starts[index], kept, *parts)
         self.optimizer.zero_grad()
         (loss * WORLD_SIZE).backward()  # which averages gradients over ranks, where a sum is due
         nn.utils.clip_grad_norm_(self.policy.parameters(), args.max_grad_norm)
         self.optimizer.step()
-        return means.detach()
+        return means
 
-    def compare(self, states, starts, kept, advantages, rows, actions, logprobs, values, returns) -> torch.Tensor:
-        """Return sums over the steps that are `kept`: losses of policy and value, entropy, and how far it has moved."""
+    def compare(self, sums, states, starts, kept, rows, actions, logprobs, values, returns, advantages) -> tuple:
+        """Run the policy on steps of which those count that are `kept`; returns what to log, `(6,)`, and the loss."""
         args, (_, newlogprob, entropy, newvalue, _) = self.args, self.model(rows, states, starts, actions)
+        count, total, squares = sums  # of the advantages in the minibatches of all ranks together, which may be empty
+        if args.norm_adv:
+            deviation = ((squares - total.square() / count) / (count - 1).clamp(min=1)).clamp(min=0).sqrt()
+            advantages = ((advantages - total / count) / (deviation + 1e-8)).float()
         logratio = (newlogprob - logprobs) * kept
         ratio = logratio.exp()
         clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
@@ -529,7 +527,8 @@ class Trainer:
         gain = torch.min(advantages * ratio, advantages * clipped_ratio)
         # Two estimates of the divergence, see http://joschu.net/blog/kl-approx.html
         figures = -gain, 0.5 * v_error, entropy, -logratio, ratio - 1 - logratio, ratio != clipped_ratio
-        return (torch.stack(figures) * kept).flatten(1).sum(1)
+        means = (torch.stack(figures) * kept).flatten(1).sum(1) / count.clamp(min=1).float()
+        return means.detach(), means[0] + args.vf_coef * means[1] - args.ent_coef * means[2]
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
