@@ -197,8 +197,10 @@ def learning(path: Path, result: Record) -> None:
         if goal is not None:
             axes.axhline(goal, color=INK, linestyle="--", linewidth=0.8)
         seconds = [run["end"][1] for run in runs]
-        axes.set_xlabel(f"steps; {min(seconds):.0f} to {max(seconds):.0f} seconds", fontsize=8.5, loc="right")
+        ends = " to ".join(dict.fromkeys(f"{end:.0f}" for end in (min(seconds), max(seconds))))
+        axes.set_xlabel(f"steps; {ends} seconds", fontsize=8.5, loc="right")
         axes.xaxis.set_major_formatter(lambda value, _: short(value) if value else "0")
         axes.set_title(task)
 
-    panels(path, "Mean return of the last 100 episodes, a line a seed", list(by_task), 3, (4, 2.6), draw)
+    columns = min(3, len(by_task))
+    panels(path, "Mean return of the last 100 episodes, a line a seed", list(by_task), columns, (4, 2.6), draw)

@@ -30,6 +30,7 @@ def provenance() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "hardware": {
             "cpu": _cpu(),
+            **_gpu(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         },
@@ -81,6 +82,12 @@ def _cpu() -> str:
     facts = {name: value for name, _, value in lines}
     name = facts.get("model name") or platform.processor() or platform.machine()  # which may leave much open
     return f"{name}, family {facts['cpu family']}, model {facts['model']}" if "cpu family" in facts else name
+
+
+def _gpu() -> dict[str, str]:
+    """Return the name of the GPU, if there is one and torch may use it."""
+    torch = sys.modules.get("torch")  # whoever has not imported it uses none
+    return {"gpu": torch.cuda.get_device_name()} if torch and torch.cuda.is_available() else {}
 
 
 def _read(path: str) -> list[str]:

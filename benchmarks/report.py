@@ -56,11 +56,17 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def machine(result: Record) -> str:
+    """Return what it ran on."""
+    hardware = result["hardware"]
+    return f"{hardware['cores']} cores, {hardware['cpu']}" + (f", {hardware['gpu']}" if "gpu" in hardware else "")
+
+
 def source(result: Record) -> str:
     """Return where a table comes from."""
     hardware = result["hardware"]
     return (
-        f"`{result['command']}`: {hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gib']} GiB, "
+        f"`{result['command']}`: {machine(result)}, {hardware['memory_gib']} GiB, "
         f"{result['os']}, Python {result['python']}, commit {result['commit']}, {result['date'][:10]}; "
         f"{result['rounds']} turns of {result['turn']}."
     )
@@ -156,7 +162,7 @@ def results(folder: Path = RESULTS) -> str:
     """Return the section of BENCHMARKS.md."""
     parts = []
     for place, found in places(folder):
-        machines = sorted({f"{one['hardware']['cores']} cores, {one['hardware']['cpu']}" for one in found.values()})
+        machines = sorted(set(map(machine, found.values())), key=len)
         parts.append(f"## {' and '.join(machines)}")
         for name, own in by_environment(found).items():
             parts.append(f"### {ENVIRONMENTS[name].title}\n\n![{ENVIRONMENTS[name].title}]({place}/{name}.png)")

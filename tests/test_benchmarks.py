@@ -99,10 +99,14 @@ def test_lines_are_plain_where_there_is_no_terminal(measured):
     assert "\x1b" not in stdout and len(stdout.splitlines()) == 2 + len(result["records"])
 
 
-def test_a_part_of_the_contenders_writes_nothing(tmp_path):
+def test_a_part_of_the_contenders_writes_only_where_it_is_told_to(tmp_path):
     flags = ("--cases", "noop-8", "--contenders", "1 bare*", "--rounds", "1", "--seconds", "0.02")
-    done = run("vectorization", *flags, "--results", str(tmp_path))
-    assert done.returncode == 0 and "1 bare process" in done.stdout and not list(tmp_path.iterdir())
+    committed = {path: path.stat().st_mtime_ns for path in records.RESULTS.iterdir()}
+    for further in ((), ("--results", str(tmp_path))):
+        done = run("vectorization", *flags, *further)
+        assert done.returncode == 0 and "1 bare process" in done.stdout, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in records.RESULTS.iterdir()} == committed
+    assert [path.name for path in tmp_path.iterdir()] == ["vectorization-noop-8.json"]
 
 
 def test_a_quick_look_writes_only_where_it_is_told_to(tmp_path, monkeypatch):
