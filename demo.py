@@ -71,7 +71,7 @@ class Args:
     bptt_horizon: int = 16  # steps that gradients flow back through the memory, a divisor of num_steps
     cuda: bool = True  # train on the GPU if there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the forward pass; auto: bf16 where the hardware has it
-    compile: bool = False  # torch.compile the network
+    compile: bool = False  # torch.compile the network and its loss
     checkpoint_interval: int = 50  # updates between two checkpoints, 0 for one at the end only
     eval_episodes: int = 10  # episodes that --mode eval plays
     sweep_trials: int = 20  # trials of --mode sweep in all, those of earlier calls counted
@@ -324,6 +324,7 @@ class Trainer:
     """Environments, policy, optimizer and experience of one rank: `collect` and `update` take turns."""
 
     def __init__(self, args: Args):
+        gc.collect()  # an earlier trainer that was compiled, which refers to itself
         self.args, self.iteration, self.global_step, self.num_episodes, self.stopping = args, 0, 0, 0, False
         self.returns, self.episode = deque(maxlen=100), {}  # of the last episodes; numbers of the very last
         self.seconds, self.losses, self.learned, self.device = defaultdict(float), {}, 0, torch.device("cpu")
@@ -346,7 +347,7 @@ class Trainer:
         most, _ = torch.get_num_threads(), torch.set_num_threads(1)  # more would round the first weights differently
         self.policy = Policy(envs.layout, envs.single_action_space, args).to(self.device)
         is_large = "Conv2d" in str(self.policy)  # a small one gains nothing by bfloat16, and loses by sharing cores
-        torch.set_num_threads(most if is_large or "OMP_NUM_THREADS" in os.environ else 1)
+        torch.set_num_threads(most if is_large and self.device.type == "cpu" or "OMP_NUM_THREADS" in os.environ else 1)
         self.precision = args.precision if args.precision != "auto" else "bf16" if has_bf16 and is_large else "fp32"
         self.policy.is_bf16 = self.precision == "bf16"
         set_malloc = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # glibc's: keep memory that was freed, as

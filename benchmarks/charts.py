@@ -202,5 +202,5 @@ def learning(path: Path, result: Record) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: short(value) if value else "0")
         axes.set_title(task)
 
-    columns = min(3, len(by_task))
-    panels(path, "Mean return of the last 100 episodes, a line a seed", list(by_task), columns, (4, 2.6), draw)
+    columns = max(1, min(3, len(by_task)))
+    panels(path, "Mean return of the last 100 episodes, a line a seed", list(by_task) or [""], columns, (4, 2.6), draw)

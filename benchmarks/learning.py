@@ -117,6 +117,8 @@ def main() -> None:
             raise SystemExit(f"--tasks {pattern}: expected some of {', '.join(map(shlex.quote, TASKS))}")
     names = [name for name in TASKS if any(fnmatch.fnmatchcase(name, pattern) for pattern in args.tasks)]
     names = [name for name in names if torch.cuda.is_available() or not TASKS[name].is_for_gpus]
+    if not names:
+        raise SystemExit(f"--tasks {' '.join(args.tasks)}: expected a GPU on this machine")
     source, found, errors = records.provenance(), {name: [] for name in names}, dict.fromkeys(names)
     plan = [(name, seed) for seed in args.seeds for name in names]
     for name, seed in track(plan, description="learning", disable=not sys.stdout.isatty()):

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,7 @@ LIBRARIES = (
 def provenance() -> dict[str, Any]:
     """Return the command, date, hardware, system, versions and commit of this run."""
     return {
-        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "hardware": {
             "cpu": _cpu(),
@@ -85,9 +86,10 @@ def _cpu() -> str:
 
 
 def _gpu() -> dict[str, str]:
-    """Return the name of the GPU, if there is one and torch may use it."""
-    torch = sys.modules.get("torch")  # whoever has not imported it uses none
-    return {"gpu": torch.cuda.get_device_name()} if torch and torch.cuda.is_available() else {}
+    """Return the name of the first NVIDIA GPU, as the driver has it: asking torch would start CUDA in this process."""
+    paths = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    models = [line.partition(":")[2].strip() for path in paths for line in _read(path) if line.startswith("Model:")]
+    return {"gpu": models[0]} if models else {}
 
 
 def _read(path: str) -> list[str]:

@@ -68,7 +68,7 @@ def source(result: Record) -> str:
     return (
         f"`{result['command']}`: {machine(result)}, {hardware['memory_gib']} GiB, "
         f"{result['os']}, Python {result['python']}, commit {result['commit']}, {result['date'][:10]}; "
-        f"{result['rounds']} turns of {result['turn']}."
+        f"{result['rounds']} turn{'s' * (result['rounds'] > 1)} of {result['turn']}."
     )
 
 
@@ -91,8 +91,12 @@ def share(part: float | None, whole: float | None) -> str:
 
 def spread(record: Record, form: str) -> list[str]:
     """Return the median, and the least and the largest sample."""
-    low, high = record["spread"]
-    return [f"{record['median']:{form}}", f"{low:{form}} to {high:{form}}"]
+    return [f"{record['median']:{form}}", span(record["spread"], form)]
+
+
+def span(values: Sequence[float], form: str) -> str:
+    """Return the least and the largest value, or the only one."""
+    return " to ".join(dict.fromkeys(f"{end:{form}}" for end in (min(values), max(values))))
 
 
 def vectorization(result: Record) -> str:
@@ -149,7 +153,7 @@ def learning(result: Record) -> str:
         steps, seconds = zip(*ends)
         speed = statistics.median(run["sps"] for run in record["runs"])
         row += [f"{record['goal']:g}" if record["goal"] is not None else "", *spread(record, ".4g")]
-        row += [f"{min(steps):,} to {max(steps):,}", f"{min(seconds):.0f} to {max(seconds):.0f}", f"{speed:,.0f}"]
+        row += [span(steps, ","), span(seconds, ".0f"), f"{speed:,.0f}"]
         rows.append(row)
     heads = ("", "flags of `demo.py`", "goal", "mean return", "least to largest", "steps", "seconds", "steps/s")
     return table(heads, rows)
@@ -162,7 +166,7 @@ def results(folder: Path = RESULTS) -> str:
     """Return the section of BENCHMARKS.md."""
     parts = []
     for place, found in places(folder):
-        machines = sorted(set(map(machine, found.values())), key=len)
+        machines = sorted(set(map(machine, found.values())))
         parts.append(f"## {' and '.join(machines)}")
         for name, own in by_environment(found).items():
             parts.append(f"### {ENVIRONMENTS[name].title}\n\n![{ENVIRONMENTS[name].title}]({place}/{name}.png)")

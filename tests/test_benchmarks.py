@@ -26,7 +26,8 @@ RIVALS = {contender.library for contender in CONTENDERS.values() if contender.li
 
 def run(module: str, *flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.{module}", *flags]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=115)
+    variables = environment(CUDA_VISIBLE_DEVICES="")
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=115)
 
 
 def is_installed(library: str) -> bool:
@@ -125,6 +126,7 @@ def test_a_quick_look_writes_only_where_it_is_told_to(tmp_path, monkeypatch):
         (("--contenders", "Gym"), "--contenders Gym: expected some of puffer_core Serial, "),
         (("--rounds", "0"), "--rounds 0: expected more than 0"),
         (("--tasks", "Chess"), "--tasks Chess: expected some of CartPole, "),
+        (("--tasks", "Pong"), "--tasks Pong: expected a GPU"),
     ],
 )
 def test_a_wrong_flag_is_told_in_a_line(flags, message):

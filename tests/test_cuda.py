@@ -1,5 +1,7 @@
 """What only a GPU can show: it learns the same there as on the CPU, and every script runs. Skipped where none is."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,7 @@ def test_an_update_on_the_gpu_is_that_of_the_cpu(env_id, use_lstm, monkeypatch):
             for name, weights in one.policy.state_dict().items():
                 torch.testing.assert_close(other.policy.state_dict()[name].cpu(), weights, rtol=1e-3, atol=3e-4)
             other.policy.load_state_dict(one.policy.state_dict())
+            other.optimizer.load_state_dict(copy.deepcopy(one.optimizer.state_dict()))
 
 
 @pytest.mark.parametrize("ways", [
@@ -62,11 +65,26 @@ def test_an_update_on_the_gpu_is_that_of_the_cpu(env_id, use_lstm, monkeypatch):
 ], ids=["in step", "first-ready", "gathered"])
 @pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "CartPole-v1", "envs:FloatTeam"])
 def test_recomputed_logprobs_equal_the_sampled_ones(env_id, ways):
-    """The copies to the device arrive, and in the order that they were sent."""
+    """And what the policy saw is what the environments sent: no copy to the device was overtaken by the next batch."""
     trainer = trainer_of(env_id, True, use_lstm=True, **ways)
+    recv, think, sent, seen = trainer.envs.recv, trainer.think, [], []
+
+    def recv_and_note():
+        batch = recv()
+        sent.append((batch.agent_ids.copy(), batch.observations.copy()))
+        return batch
+
+    def think_and_note():
+        seen.append((trainer.row_ids, trainer.observations))  # looked at later: to look now would wait for the copy
+        return think()
+
+    trainer.envs.recv, trainer.think = recv_and_note, think_and_note
     with trainer.envs:
         trainer.start()
         trainer.collect()
+        assert len(seen) == len(sent) - 1 >= 16
+        for arrays, tensors in zip(sent, seen):
+            assert all(np.array_equal(array, tensor.cpu().numpy()) for array, tensor in zip(arrays, tensors))
         index, experience = trainer.prepare().view(-1, 16), trainer.experience
         with torch.no_grad():
             steps = experience.states[index[:, 0]], experience.starts[index], experience.actions[index]
@@ -113,8 +131,9 @@ def test_a_run_is_resumed_and_played_on_either_device(flags):
         resumed = run("demo.py", "--resume", str(path), *further.split())
         assert resumed.returncode == 0, resumed.stderr
         assert int(resumed.lines("global_step=")[-1].split()[0].partition("=")[2]) >= 1024
-    played = run("demo.py", "--mode", "eval", "--resume", str(path), "--eval-episodes", "1")
-    assert "1 episodes: return" in played.stdout, played.stderr
+    for further in ((), ("--no-cuda",)):
+        played = run("demo.py", "--mode", "eval", "--resume", str(path), "--eval-episodes", "1", *further)
+        assert "1 episodes: return" in played.stdout, played.stderr
 
 
 @pytest.mark.parametrize("script", [

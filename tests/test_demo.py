@@ -501,6 +501,23 @@ def test_bfloat16_goes_the_way_of_float32():
     assert min(cosines) > 0.9, cosines
 
 
+@pytest.mark.parametrize("env_id, use_lstm", [("CartPole-v1", False), ("Pendulum-v1", True), ("envs:FloatTeam", True)])
+def test_a_compiled_update_is_the_same(env_id, use_lstm, monkeypatch):
+    """Compiled by torch's tracer alone, which takes seconds and no compiler."""
+    original, weights, counts = torch.compile, [], torch._dynamo.utils.counters["stats"]
+    monkeypatch.setattr(torch, "compile", lambda function, mode: original(function, backend="aot_eager"))
+    for is_compiled in (False, True):
+        before = counts["unique_graphs"]
+        arguments = {"num_steps": 16, "use_lstm": use_lstm, "bptt_horizon": 8, "num_minibatches": 3}
+        with trainer_of(env_id, compile=is_compiled, **arguments) as trainer:
+            for _ in range(2):
+                trainer.collect()
+                trainer.update()
+            weights.append(flat_weights(trainer.policy))
+        assert (counts["unique_graphs"] > before) == is_compiled
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
 def test_a_rollout_is_what_vanilla_ppo_atari_would_play():
     """On the real game, with the same actions, over two updates: frames, rewards, ends, scores, log-probabilities."""
     envs = gymnasium.vector.SyncVectorEnv(
