@@ -501,14 +501,14 @@ def test_bfloat16_goes_the_way_of_float32():
     assert min(cosines) > 0.9, cosines
 
 
-@pytest.mark.parametrize("env_id, use_lstm", [("CartPole-v1", False), ("Pendulum-v1", True), ("envs:FloatTeam", True)])
+@pytest.mark.parametrize("env_id, use_lstm", [("Pendulum-v1", False), ("envs:FloatTeam", True)])
 def test_a_compiled_update_is_the_same(env_id, use_lstm, monkeypatch):
     """Compiled by torch's tracer alone, which takes seconds and no compiler."""
     original, weights, counts = torch.compile, [], torch._dynamo.utils.counters["stats"]
     monkeypatch.setattr(torch, "compile", lambda function, mode: original(function, backend="aot_eager"))
     for is_compiled in (False, True):
         before = counts["unique_graphs"]
-        arguments = {"num_steps": 16, "use_lstm": use_lstm, "bptt_horizon": 8, "num_minibatches": 3}
+        arguments = {"num_steps": 16, "use_lstm": use_lstm, "bptt_horizon": 2, "num_minibatches": 3}
         with trainer_of(env_id, compile=is_compiled, **arguments) as trainer:
             for _ in range(2):
                 trainer.collect()
