@@ -28,6 +28,11 @@ def short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def span(values: Sequence[float], form: str) -> str:
+    """Return the least and the largest value, or the only one."""
+    return " to ".join(dict.fromkeys(f"{end:{form}}" for end in (min(values), max(values))))
+
+
 def limit(result: Record) -> float | None:
     """Return the number of cores times the speed of one bare process."""
     bare = [record["median"] for record in result["records"] if record["contender"] == "1 bare process"]
@@ -186,8 +191,9 @@ def training(path: Path, result: Record) -> None:
 
 def learning(path: Path, result: Record) -> None:
     """Draw the mean return over steps, a panel a task, a line a seed, and dashed what ends a run."""
-    rewarded = [one for one in result["records"] if any(mean for run in one["runs"] for *_, mean in run["curve"])]
-    by_task = {record["contender"]: record for record in rewarded}  # the others are there for their speed
+    learned = [record for record in result["records"] if record["runs"]]
+    rewarded = [record for record in learned if any(mean for run in record["runs"] for *_, mean in run["curve"])]
+    by_task = {record["contender"]: record for record in rewarded or learned}  # the others are there for their speed
 
     def draw(axes: Any, task: str) -> None:
         runs, goal = by_task[task]["runs"], by_task[task]["goal"]
@@ -197,10 +203,9 @@ def learning(path: Path, result: Record) -> None:
         if goal is not None:
             axes.axhline(goal, color=INK, linestyle="--", linewidth=0.8)
         seconds = [run["end"][1] for run in runs]
-        ends = " to ".join(dict.fromkeys(f"{end:.0f}" for end in (min(seconds), max(seconds))))
-        axes.set_xlabel(f"steps; {ends} seconds", fontsize=8.5, loc="right")
+        axes.set_xlabel(f"steps; {span(seconds, '.0f')} seconds", fontsize=8.5, loc="right")
         axes.xaxis.set_major_formatter(lambda value, _: short(value) if value else "0")
         axes.set_title(task)
 
-    columns = max(1, min(3, len(by_task)))
-    panels(path, "Mean return of the last 100 episodes, a line a seed", list(by_task) or [""], columns, (4, 2.6), draw)
+    what, columns = "Mean return of the last 100 episodes, a line a seed", min(3, len(by_task))
+    panels(path, what, list(by_task), columns, (4, 2.6), draw)

@@ -246,7 +246,7 @@ class Contender(NamedTuple):
 
 
 def _sync(case: Case, **settings: Any) -> list[dict]:
-    """As many workers as there are cores, or the most below that split a case; or one, where steps may be quick."""
+    """As many workers as there are cores, or the most below that split a case; or one, if that is quick to make."""
     most = max(count for count in range(1, CORES + 1) if case.num_envs % count == 0)
     counts = dict.fromkeys((most, 1)) if case.environment.seconds < 0.1 else (most,)
     return [{"num_workers": count, **settings} for count in counts]

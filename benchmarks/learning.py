@@ -5,9 +5,9 @@
     python -m benchmarks.learning --tasks "Pong*" --seeds 1 --results benchmarks/results/mine  # with a GPU
 
 Runs come one after another, as each takes the whole machine. A run ends when the mean return of its last 100 episodes
-reaches the goal, or with its last step. Its seconds are those of the clock since the command was given. Six
-tasks teach nothing: their steps take 5 ms on average with a spread of 100 %, and it is the speed that matters. Pong is
-left out where there is no GPU.
+reaches the goal, or with its last step. Its seconds are those of the clock since the command was given. Six tasks teach
+nothing: their steps take 5 ms on average with a spread of 100 %, and it is the speed that matters. Pong is left out
+where there is no GPU.
 """
 
 import fnmatch

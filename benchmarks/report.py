@@ -16,7 +16,7 @@ from typing import Any
 import tyro
 
 from benchmarks import charts
-from benchmarks.charts import OURS, color, limit, short
+from benchmarks.charts import OURS, color, limit, short, span
 from benchmarks.contenders import ENVIRONMENTS
 from benchmarks.records import RESULTS, ROOT, label
 
@@ -92,11 +92,6 @@ def share(part: float | None, whole: float | None) -> str:
 def spread(record: Record, form: str) -> list[str]:
     """Return the median, and the least and the largest sample."""
     return [f"{record['median']:{form}}", span(record["spread"], form)]
-
-
-def span(values: Sequence[float], form: str) -> str:
-    """Return the least and the largest value, or the only one."""
-    return " to ".join(dict.fromkeys(f"{end:{form}}" for end in (min(values), max(values))))
 
 
 def vectorization(result: Record) -> str:
