@@ -315,13 +315,8 @@ class PettingZooPufferEnv:
 
     def step(self, actions: Sequence[Any]) -> tuple:
         """Step with flat actions; returns rows, arrays of rewards, terminations and truncations, and infos by agent."""
-        living, pairs, decode = set(self.env.agents), zip(self.possible_agents, actions), self.action_layout.unflatten
-        played = self.env.step({agent: decode(action) for agent, action in pairs if agent in living})
-        observations, rewards, terminations, truncations, infos = played
-        self.episode_over = all(terminations.get(agent) or truncations.get(agent) for agent in self.env.agents)
-        pairs = (_scalar, rewards), (bool, terminations), (bool, truncations)
-        columns = [np.array([kind(column.get(agent, 0)) for agent in self.possible_agents]) for kind, column in pairs]
-        return self.observation(observations), *columns, infos
+        observations, *columns, infos = self._play(actions)
+        return self.observation(observations), *map(np.array, columns), infos
 
     def observation(self, observations: dict) -> np.ndarray:
         """Flatten observations by agent into rows `(num_agents, *flat)`."""
@@ -330,6 +325,29 @@ class PettingZooPufferEnv:
             rows[self._row[agent]] = self.layout.flatten(observation)
         self.masks = np.array([agent in observations for agent in self.possible_agents])
         return rows
+
+    def writer(self, rows: np.ndarray) -> Callable[[dict], None]:
+        """Return an `observation` that fills these rows, again and again."""
+        writers = {agent: self.layout.writer(rows[row, ...]) for agent, row in self._row.items()}
+
+        def write(observations: dict) -> None:
+            for agent, observation in observations.items():
+                writers[agent](observation)
+            self.masks = np.array([agent in observations for agent in writers])
+            if len(observations) < len(writers):
+                rows[~self.masks] = 0
+
+        return write
+
+    def _play(self, actions: Sequence[Any]) -> tuple:
+        """Step, but leave observations by agent and the rest in lists: three agents' arrays would take 20 us more."""
+        living, pairs, decode = set(self.env.agents), zip(self.possible_agents, actions), self.action_layout.unflatten
+        played = {agent: decode(action) for agent, action in pairs if agent in living}
+        observations, rewards, *flags, infos = self.env.step(played)
+        self.episode_over = all(any(flag.get(agent) for flag in flags) for agent in self.env.agents)
+        rewards = [_scalar(rewards.get(agent, 0.0)) for agent in self.possible_agents]
+        flags = [[bool(flag.get(agent)) for agent in self.possible_agents] for flag in flags]
+        return observations, rewards, *flags, infos
 
 
 class EpisodeStats(gymnasium.wrappers.RecordEpisodeStatistics):
@@ -404,6 +422,8 @@ class _Shard:
             if type(env) is GymnasiumPufferEnv:  # its step is taken apart: 2.5 us less of an environment's time
                 write = env.layout.writer(rows.observations[index, ...])  # an array even if it has no dimensions
                 self.turns.append((env.env.step, env.action_layout.unflatten, write, index))
+            elif type(env) is PettingZooPufferEnv:
+                self.turns.append((env._play, lambda actions: actions, env.writer(rows.observations[where]), where))
             else:
                 write, where = partial(np.copyto, rows.observations[where]), where if self.is_team else index
                 self.turns.append((env.step, lambda action: action, write, where))
@@ -420,8 +440,8 @@ class _Shard:
         return {row: info for row, info in enumerate(infos, self.slices[index].start) if info}
 
     def step(self) -> list:
-        rows, progress, rewards, said = self.rows, self.progress, self.rows.rewards.data, []
-        is_team, all_infos, known = self.is_team, self.all_infos, self.known
+        rows, progress, is_team, all_infos, known = self.rows, self.progress, self.is_team, self.all_infos, self.known
+        rewards, said = rows.rewards if is_team else rows.rewards.data, []
         rows.terminations.fill(False)
         rows.truncations.fill(False)
         actions = rows.actions.tolist() if self.is_discrete else rows.actions
@@ -431,11 +451,16 @@ class _Shard:
             observation, reward, terminated, truncated, info = play(action)
             write(observation)
             rewards[where] = reward if is_team or reward.__class__ is float else _scalar(reward)
-            if is_team or terminated or truncated:
+            if is_team:
+                env = self.envs[index]
+                rows.masks[where], has_ended = env.masks, env.episode_over or True in terminated or True in truncated
+            else:
+                has_ended = terminated or truncated
+            if has_ended:
                 rows.terminations[where], rows.truncations[where] = terminated, truncated
                 said += self._tell(index, info)
             elif info and all_infos:
-                said.append((index, info))
+                said += self._by_row(index, info).items()
         return said
 
     def _tell(self, index: int, info: dict) -> list:

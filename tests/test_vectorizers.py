@@ -20,9 +20,19 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import puffer_core
-from puffer_core import APIUsageError, EpisodeStats, GymnasiumPufferEnv, Multiprocessing, Serial, WorkerError
+from puffer_core import (
+    APIUsageError,
+    EpisodeStats,
+    GymnasiumPufferEnv,
+    Multiprocessing,
+    PettingZooPufferEnv,
+    Serial,
+    WorkerError,
+)
 from tests.envs import (
     Actor,
     ArrayReward,
@@ -40,6 +50,7 @@ from tests.envs import (
     Silent,
     Team,
 )
+from tests.test_adapters import scripts
 
 ROOT = Path(puffer_core.__file__).parent
 pytestmark = pytest.mark.timeout(60)
@@ -1008,6 +1019,34 @@ class Doubling(GymnasiumPufferEnv):
 
     def observation(self, observation):
         return super().observation(observation) + 1
+
+
+class OwnTeam(PettingZooPufferEnv):
+    """Is stepped by its `step`, where the class above it is taken apart."""
+
+    factor = 1
+
+    def step(self, actions):
+        rows, rewards, *rest = super().step(actions)
+        return rows, self.factor * rewards, *rest
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(episodes=st.lists(scripts(), min_size=1, max_size=3), infos=st.sampled_from(["final", "all"]))
+def test_a_team_that_is_taken_apart_equals_its_adapters_steps(episodes, infos):
+    seen = [
+        trajectories(Serial([functools.partial(make, episodes)] * 2, infos=infos), 20, one_to_three)
+        for make in (Team, lambda episodes: OwnTeam(Team(episodes)))
+    ]
+    assert seen[0] == seen[1]
+
+
+@backends
+def test_what_a_teams_adapter_of_ones_own_does_counts(backend, monkeypatch):
+    monkeypatch.setattr(OwnTeam, "factor", 3)
+    with backend([lambda: OwnTeam(Team())] * 2) as envs:
+        envs.reset(seed=4)
+        assert envs.step([1] * 6)[1].tolist() == 2 * [33.0, 63.0, 0.0]
 
 
 @backends
