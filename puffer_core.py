@@ -278,8 +278,7 @@ class GymnasiumPufferEnv(gymnasium.ObservationWrapper, gymnasium.utils.RecordCon
 
     def step(self, action: Any) -> tuple[np.ndarray, Any, Any, Any, dict]:
         """Step with a flat action; returns the flat observation, reward, terminated, truncated and info."""
-        observation, *rest = self.env.step(self.action_layout.unflatten(action))
-        return self.observation(observation), *rest
+        return super().step(self.action_layout.unflatten(action))
 
     def observation(self, observation: Any) -> np.ndarray:
         """Flatten an observation."""
