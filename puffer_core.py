@@ -154,11 +154,9 @@ class Layout:
         flat, leaves, read, is_not = self.flat_space, self._leaves, self._read, operator.is_not
         if (row.shape, row.dtype) != (flat.shape, flat.dtype) or not row.flags.c_contiguous:
             raise ValueError(f"out: expected contiguous {flat}, got {row.dtype} of shape {row.shape} {row.strides}")
-        memory, ends = row.reshape(-1).view(np.uint8), [leaf.start for leaf in leaves[1:]] + [row.nbytes]
-        views = [memory[leaf.start : leaf.stop].view(leaf.bounds.dtype).reshape(leaf.shape) for leaf in leaves]
-        known = [(view.shape, view.dtype) for view in views]
-        chunks = [part for leaf, end in zip(leaves, ends) for part in (b"", bytes(end - leaf.stop))]
-        arrays, target, vector = views, memory.data, row.data
+        known, ends = [(leaf.shape, leaf.bounds.dtype) for leaf in leaves], [leaf.start for leaf in leaves[1:]]
+        chunks = [part for leaf, end in zip(leaves, [*ends, row.nbytes]) for part in (b"", bytes(end - leaf.stop))]
+        arrays, target, vector = leaves, row.reshape(-1).view(np.uint8).data, row.data
 
         def write(sample: Any) -> np.ndarray:
             # Environments that refill the same arrays at every step, as NetHack does, need no second check: MiniHack's
