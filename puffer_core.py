@@ -303,7 +303,6 @@ class PettingZooPufferEnv:
         self.layout, self.action_layout = Layout(pairs[0][0]), ActionLayout(pairs[0][1])
         self.observation_space = self.single_observation_space = self.layout.flat_space
         self.action_space = self.single_action_space = self.action_layout.flat_space
-        self._row = {agent: row for row, agent in enumerate(self.possible_agents)}
         self.masks, self.episode_over = np.zeros(self.num_agents, bool), True
         self.get_wrapper_attr, self.set_wrapper_attr = partial(getattr, self), partial(setattr, env)
 
@@ -318,14 +317,12 @@ class PettingZooPufferEnv:
     def observation(self, observations: dict) -> np.ndarray:
         """Flatten observations by agent into rows `(num_agents, *flat)`."""
         rows = np.zeros((self.num_agents, *self.observation_space.shape), self.observation_space.dtype)
-        for agent, observation in observations.items():
-            rows[self._row[agent]] = self.layout.flatten(observation)
-        self.masks = np.array([agent in observations for agent in self.possible_agents])
+        self.writer(rows)(observations)
         return rows
 
     def writer(self, rows: np.ndarray) -> Callable[[dict], None]:
         """Return an `observation` that fills these rows, again and again."""
-        writers = {agent: self.layout.writer(rows[row, ...]) for agent, row in self._row.items()}
+        writers = {agent: self.layout.writer(rows[row, ...]) for row, agent in enumerate(self.possible_agents)}
 
         def write(observations: dict) -> None:
             for agent, observation in observations.items():
