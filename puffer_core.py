@@ -460,11 +460,10 @@ class _Shard:
     def _tell(self, index: int, info: dict) -> list:
         """Start the next episode if this one is over; returns what infos there are of ends, and of steps if wanted."""
         rows, where, env, infos = self.rows, self.slices[index], self.envs[index], self._by_row(index, info)
-        rows.masks[where] = acted = env.masks
         ended = np.flatnonzero(rows.terminations[where] | rows.truncations[where]) + where.start
         finals = {row: {"final_info": copy.deepcopy(infos.pop(row, {}))} for row in ended.tolist()}
         if not self.is_team or env.episode_over:
-            last = rows.observations[where].copy()
+            last, acted = rows.observations[where].copy(), env.masks
             infos = self._begin(index)
             for row, observation, has_acted in zip(range(where.start, where.stop), last, acted):
                 if has_acted and not rows.masks[row]:  # took part in the last step, but is not in the new episode
