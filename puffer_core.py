@@ -787,12 +787,12 @@ class Multiprocessing(Serial):
         message, line = b"" if name == "step" else pickle.dumps((name, arguments)), self._lines[worker]
         if line.request == "call" and line in self._busy:  # one that Ctrl-C or an unpicklable argument cut short
             self._wait()
-        self._busy.append(line)
-        line.request = name
         try:
+            self._busy.append(line)
+            line.request = name
             line.publish(COMMAND if message else STEP, line.worker_bell, message)
-        except BaseException:  # Ctrl-C: the worker might wait for the rest of the message for ever
-            self.close() if message else None
+        except BaseException:  # Ctrl-C: the worker might wait for its ring or for the rest of the message for ever
+            self.close()
             raise
 
     def _wait(self, needed: int = sys.maxsize, timeout: float | None = None) -> None:
