@@ -106,6 +106,12 @@ def scripts(agents=3):
     return st.tuples(start, st.lists(step, min_size=1, max_size=8)).map(lambda pair: cut((pair[0], *pair[1])))
 
 
+def told(script, time):
+    """Return the states at one step: who is not there at a team's last step, and was alive before, is gone for good."""
+    is_last = time and "+" not in script[time]
+    return ["T" if is_last and (was, now) == ("+", ".") else now for was, now in zip(script[time - 1], script[time])]
+
+
 def expect(env, script, episode, time):
     """Work out by hand what the adapter has to say at one step of a script."""
     observations = np.zeros((len(script[0]), *env.observation_space.shape), env.observation_space.dtype)
@@ -113,9 +119,9 @@ def expect(env, script, episode, time):
         if state != ".":
             sample = {"id": np.uint8(row + 1), "time": np.array([episode, time], np.int32)}
             observations[row] = env.layout.flatten(sample)
-    states = np.array(list(script[time]))
-    rewards = np.where(states != ".", 10.0 * np.arange(1, len(states) + 1) + time, 0.0)
-    return observations, rewards * (time > 0), states == "T", states == "X", states != "."
+    states, present = np.array(told(script, time)), np.array(list(script[time])) != "."
+    rewards = np.where(present, 10.0 * np.arange(1, len(states) + 1) + time, 0.0)
+    return observations, rewards * (time > 0), states == "T", states == "X", present
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -135,6 +141,50 @@ def test_rows_and_masks_follow_agents_that_come_and_go(episodes):
             for got, wanted in zip((*results, env.masks), expected):
                 assert np.array_equal(got, wanted) and got.dtype == wanted.dtype
             assert infos == {f"agent_{row}": {"time": time} for row in np.flatnonzero(env.masks)}
+
+
+class Chase(Team):
+    """Ends for all as soon as one is caught, and tells nobody else: a habit of PettingZoo environments."""
+
+    def step(self, actions):
+        observations, rewards, terminations, truncations, infos = super().step(actions)
+        if any(terminations.values()):
+            self.agents = []
+        return observations, rewards, terminations, truncations, infos
+
+
+@pytest.mark.parametrize("end, cut, told", [("T++", [False, True, True], "T"), ("T+.", [False, True, False], "T.T")])
+def test_who_is_not_told_of_a_teams_end_is_cut_short_or_gone(end, cut, told):
+    env = PettingZooPufferEnv(Chase([("+++", "+++", end)]))
+    env.reset()
+    assert not np.any(env.step(np.ones(3, int))[2:4]) and not env.episode_over
+    _, _, terminations, truncations, _ = env.step(np.ones(3, int))
+    assert env.episode_over and truncations.tolist() == cut
+    assert terminations.tolist() == [told[row : row + 1] == "T" for row in range(3)]
+
+
+def wrapped(team):
+    from pettingzoo.utils import BaseParallelWrapper
+
+    return BaseParallelWrapper(BaseParallelWrapper(team))
+
+
+def test_attributes_are_set_on_the_env_that_has_them():
+    env = PettingZooPufferEnv(wrapped(Team()))
+    env.set_wrapper_attr("scripts", scripts := [("+++", "XXX")])
+    env.set_wrapper_attr("newcomer", 7)
+    assert env.env.env.env.scripts is scripts and env.env.env.env.newcomer == env.get_wrapper_attr("newcomer") == 7
+    assert "scripts" not in vars(env.env) and "newcomer" not in vars(env.env.env)
+    env.reset()
+    assert env.step(np.ones(3, int))[3].all()
+
+
+def test_attributes_of_a_real_pettingzoo_env_can_be_set():
+    simple_spread = pytest.importorskip("mpe2.simple_spread_v3")
+    env = PettingZooPufferEnv(simple_spread.parallel_env())  # which is AEC, behind several wrappers
+    env.set_wrapper_attr("max_cycles", 2)
+    env.reset(seed=1)
+    assert not env.step(np.ones(3, int))[3].any() and env.step(np.ones(3, int))[3].all()
 
 
 def test_actions_of_the_absent_are_not_looked_at():

@@ -251,6 +251,19 @@ def test_ctrl_c_within_a_message_closes(method):
         assert envs.closed and multiprocessing.active_children() == []
 
 
+def test_ctrl_c_before_a_worker_is_rung_closes():
+    with Multiprocessing([patient] * 2, num_workers=2) as envs:
+        envs.reset()
+        line, ring = envs._lines[1], envs._lines[1].worker_bell.release
+        with mock.patch.object(line, "worker_bell") as bell, pytest.raises(KeyboardInterrupt):
+            bell.release.side_effect = lambda: (
+                ring() if bell.release.call_count > 1 else signal.raise_signal(signal.SIGINT)
+            )
+            envs.send(envs.action_space.sample())
+        with pytest.raises(APIUsageError, match="closed"):  # the worker's flag is set, but it sleeps on
+            envs.reset()
+
+
 # -------------------------------------------------------------------------------------------------------------- closing
 
 

@@ -50,7 +50,7 @@ from tests.envs import (
     Silent,
     Team,
 )
-from tests.test_adapters import scripts
+from tests.test_adapters import scripts, told
 
 ROOT = Path(puffer_core.__file__).parent
 pytestmark = pytest.mark.timeout(60)
@@ -352,13 +352,13 @@ def expect_team(envs, scripts, steps):
     yield observed(script, 0), [0.0] * agents, [False] * agents, [False] * agents, [s != "." for s in script[0]], {}
     for _ in range(steps):
         time += 1
-        states, rows, finals = script[time], observed(script, time), {}
-        masks = [state != "." for state in states]
+        states, rows, finals = told(script, time), observed(script, time), {}
+        masks = [state != "." for state in script[time]]
         rewards = [10.0 * (row + 1) + time if mask else 0.0 for row, mask in enumerate(masks)]
         ended = (states, [state == "T" for state in states], [state == "X" for state in states])
         for row, state in enumerate(states):
             if state in "TX":
-                finals[row] = {"final_info": {"time": time}}
+                finals[row] = {"final_info": {"time": time} if masks[row] else {}}
         if "+" not in states:
             episode, time = episode + 1, 0
             script = scripts[episode % len(scripts)]
@@ -863,6 +863,33 @@ def test_envs_that_are_not_alike_are_refused(backend):
         backend([Counter, Counter, Counter, NoOp])
 
 
+class Ordered(NoOp):
+    """Has Dicts whose keys come in orders of their own, which a Dict's `==` does not look at."""
+
+    def __init__(self, observed="ab", acted="ab"):
+        self.observation_space = spaces.Dict([(key, spaces.Box(0, 9, (2,), np.uint8)) for key in observed])
+        self.action_space = spaces.Dict([(key, spaces.Discrete(3)) for key in acted])
+
+
+@backends
+@pytest.mark.parametrize("orders", [("ba", "ab"), ("ab", "ba")])
+def test_envs_whose_keys_come_in_another_order_are_refused(backend, orders):
+    backend([functools.partial(Ordered, *orders)] * 2).close()
+    with pytest.raises(ValueError, match=r"alike, got \[.*'b'.*'a'.*\] after \[.*'a'.*'b'.*\]"):
+        backend([Ordered, functools.partial(Ordered, *orders)])
+
+
+@backends
+def test_teams_whose_agents_come_in_another_order_are_refused(backend):
+    def turned():
+        team = Team()
+        team.possible_agents.reverse()
+        return team
+
+    with pytest.raises(ValueError, match="alike, got .*agent_2.*agent_0.* after .*agent_0.*agent_2"):
+        backend([Team, turned])
+
+
 # ---------------------------------------------------------------------------------------------------- calls, attributes
 
 
@@ -1047,6 +1074,100 @@ def test_what_a_teams_adapter_of_ones_own_does_counts(backend, monkeypatch):
     with backend([lambda: OwnTeam(Team())] * 2) as envs:
         envs.reset(seed=4)
         assert envs.step([1] * 6)[1].tolist() == 2 * [33.0, 63.0, 0.0]
+
+
+class Scaled(GymnasiumPufferEnv):
+    """Has rows and actions in spaces of its own."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.observation_space = self.single_observation_space = spaces.Box(0, 1, (4,), np.float32)
+        self.action_space = self.single_action_space = spaces.Box(0, 1, (1,), np.float32)
+
+    def step(self, action):
+        return super().step(round(4 * float(action[0])))
+
+    def observation(self, observation):
+        return np.float32(super().observation(observation)[:4] / 8)
+
+
+class Numbered(PettingZooPufferEnv):
+    """Tells every agent its number."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.observation_space = self.single_observation_space = spaces.Box(0, 255, (13,), np.uint8)
+
+    def observation(self, observations):
+        rows = super().observation(observations)
+        return np.column_stack([rows, np.arange(len(rows), dtype=np.uint8)])
+
+
+@backends
+def test_an_adapter_may_have_spaces_of_its_own(backend):
+    with backend([lambda: Scaled(Counter())] * 2) as envs:
+        assert (envs.single_observation_space, envs.single_action_space) == (
+            spaces.Box(0, 1, (4,), np.float32),
+            spaces.Box(0, 1, (1,), np.float32),
+        )
+        assert envs.reset(seed=4)[0].tolist() == [[0.5, 0, 0, 0], [0.625, 0, 0, 0]]
+        observations, rewards, *_ = envs.step(np.array([[1], [0.5]], np.float32))
+        assert observations.tolist() == [[0.5, 0, 0.125, 0.5], [0.625, 0, 0.125, 0.25]]
+        assert rewards.tolist() == [1.5, 1.25]
+    with backend([lambda: Numbered(Team())] * 2) as envs:
+        rows, _ = envs.reset(seed=4)
+        assert rows[:, -1].tolist() == [0, 1, 2] * 2 and envs.masks.tolist() == [True, True, False] * 2
+        rows, rewards, *_ = envs.step([1] * 6)
+        assert rows[:, -1].tolist() == [0, 1, 2] * 2 and rewards.tolist() == [11, 21, 0] * 2
+
+
+class Cut(GymnasiumPufferEnv):
+    def observation(self, observation):
+        return super().observation(observation)[: 1 if self.env.steps else 5]
+
+
+@backends
+def test_a_row_of_the_wrong_shape_is_not_broadcast(backend):
+    with backend([lambda: Cut(Counter())] * 2) as envs:
+        envs.reset(seed=4)
+        with pytest.raises((ValueError, WorkerError), match=r"need \(5,\) .*got \(1,\)"):
+            envs.step([0, 0])
+
+
+@pytest.mark.parametrize("make", [Counter, Team])
+@pytest.mark.parametrize("name", ["step", "observation"])
+def test_an_adapter_may_be_patched(make, name):
+    envs = Serial([make])
+    method = getattr(envs.envs[0], name)
+    setattr(envs.envs[0], name, spy := mock.Mock(side_effect=method))
+    envs.reset(seed=1)
+    spy.reset_mock()
+    envs.step(np.ones(envs.num_agents, int))
+    assert spy.call_count == 1
+
+
+class Phases(gymnasium.Env):
+    """Has a `step` for every phase of an episode."""
+
+    observation_space, action_space = spaces.Box(0, 9, (1,), np.float32), spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        self.step = self.first
+        return np.zeros(1, np.float32), {}
+
+    def first(self, action):
+        self.step = self.second
+        return np.ones(1, np.float32), 1.0, False, False, {}
+
+    def second(self, action):
+        return np.full(1, 2, np.float32), 2.0, True, False, {}
+
+
+@backends
+def test_an_env_may_change_its_step(backend):
+    with backend([Phases] * 2) as envs:
+        envs.reset(seed=1)
+        assert [envs.step([0, 0])[1].tolist() for _ in range(4)] == [[1, 1], [2, 2]] * 2
 
 
 @backends
