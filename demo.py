@@ -101,12 +101,14 @@ def prepare(args: Args) -> list[str]:
         with puffer_core.Serial([partial(make_env, args.env_id)]) as envs:
             kind = kind_of(envs.layout.space, envs.single_action_space)
     except Exception as error:
-        raise SystemExit(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
+        raise SystemExit(f"--env-id {args.env_id}: {type(error).__name__}: {' '.join(str(error).split())}") from None
     chosen = {name: value for name, value in (COMMON | PRESETS[kind]).items() if getattr(args, name) is None}
     vars(args).update(chosen)
     counts = "num_envs num_steps num_minibatches update_epochs hidden_size bptt_horizon eval_episodes sweep_trials"
-    for name, number in (dict.fromkeys(counts.split(), 1) | {"seed": 0, "learning_rate": 0, "clip_coef": 0}).items():
-        args.expect(name, getattr(args, name) >= number, f"at least {number}")
+    others = "seed learning_rate clip_coef max_grad_norm vf_coef ent_coef gamma gae_lambda"
+    for name, least in (dict.fromkeys(counts.split(), 1) | dict.fromkeys(others.split(), 0)).items():
+        args.expect(name, getattr(args, name) >= least, f"at least {least}")
+        args.expect(name, not name.startswith("ga") or getattr(args, name) <= 1, "at most 1")  # gamma, gae_lambda
     args.expect("env_id", envs.layout.flat_space.dtype.str[1:] not in ("u2", "u4", "u8"), "no uint16/32/64 observation")
     steps, length = args.num_envs * envs.num_agents * args.num_steps, args.bptt_horizon if args.use_lstm else 1
     args.expect("bptt_horizon", args.num_steps % length == 0, "to divide --num-steps")
@@ -129,7 +131,10 @@ def make_env(env_id: str, render: bool = False) -> Any:
     """Return an environment by its id; with `render`, one that can draw itself, as a picture or as text."""
     module, _, name = env_id.partition(":")
     if module == "pettingzoo":
-        return load_env_creator(f"{name}:parallel_env")(**({"render_mode": "rgb_array"} if render else {}))
+        create = load_env_creator(f"{name}:parallel_env")
+        with contextlib.suppress(TypeError):  # one that cannot draw itself
+            return create(render_mode="rgb_array") if render else create()
+        return create()
     if name.isidentifier():
         env = load_env_creator(env_id)()
         env = env.env if isinstance(env, puffer_core.GymnasiumPufferEnv) else env  # all are made flat later, and once
@@ -381,8 +386,7 @@ class Trainer:
     def is_over(self) -> bool:
         is_good = len(self.returns) >= 100 and np.mean(self.returns) >= self.args.target_return
         votes = torch.tensor(float(self.stopping or self.learned >= self.total_steps or is_good), device=self.device)
-        if distributed.is_initialized():  # ranks end together
-            distributed.all_reduce(votes)
+        distributed.all_reduce(votes) if distributed.is_initialized() else None  # ranks end together
         return bool(votes)
 
     def collect(self) -> bool:
@@ -483,8 +487,7 @@ class Trainer:
             for _ in range(args.update_epochs):
                 for chosen in torch.randperm(len(sequences)).to(self.device).tensor_split(args.num_minibatches):
                     sums[:6] += self.learn(sequences[chosen])
-            if distributed.is_initialized():
-                distributed.all_reduce(sums)
+            distributed.all_reduce(sums) if distributed.is_initialized() else None
             index = index[experience.trainable[index]]
             errors, returns = [part[index].var(0, False) for part in (experience.advantages, experience.returns)]
             means = [*sums[:6] / (args.update_epochs * args.num_minibatches), 1 - errors / returns]
@@ -502,8 +505,7 @@ class Trainer:
             part[~kept] = 0
         advantages = parts[-1]
         sums = (torch.stack([kept, advantages, advantages.square()]) * kept).double().flatten(1).sum(1)
-        if distributed.is_initialized():
-            distributed.all_reduce(sums)
+        distributed.all_reduce(sums) if distributed.is_initialized() else None
         means, loss = self.compare(sums, experience.states[index[:, 0]], experience.starts[index], kept, *parts)
         self.optimizer.zero_grad()
         (loss * WORLD_SIZE).backward()  # which averages gradients over ranks, where a sum is due
@@ -553,8 +555,7 @@ def load(path: str) -> dict[str, Any]:
 
 def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
     """Go on from a checkpoint; ends with one line if it is of another environment or network."""
-    wanted = f"a checkpoint for {trainer.task}, this one is for {contents['task']}"
-    trainer.args.expect("resume", trainer.task == contents["task"], wanted)
+    trainer.args.expect("resume", trainer.task == (task := contents["task"]), f"one for {trainer.task}, not for {task}")
     trainer.policy.load_state_dict(contents["policy"])
     trainer.optimizer.load_state_dict(contents["optimizer"])
     vars(trainer).update({name: contents[name] for name in ("iteration", "learned", "global_step", "num_episodes")})
@@ -580,14 +581,13 @@ class Dashboard(contextlib.ExitStack):
         self.writer, lines = SummaryWriter(folder), [f"|{name}|{value}|" for name, value in vars(self.args).items()]
         self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *lines]))
         self.callback(self.writer.close)
-        if self.is_live:
-            self.enter_context(live.Live(get_renderable=self.render))
+        self.enter_context(live.Live(get_renderable=self.render)) if self.is_live else None
 
     def log(self, is_last: bool) -> None:
         trainer, now, cuda = self.trainer, time.perf_counter(), torch.cuda
         (then, step), self.last = self.last, (now, trainer.global_step)
         speed = (trainer.global_step - step) / (now - then)
-        left = max(self.args.total_timesteps - trainer.global_step, 0) / max(speed, 1.0)
+        left = max(trainer.total_steps - trainer.learned, 0) / max(speed, 1.0)
         charts = {"SPS": round(speed), "episodes": trainer.num_episodes}
         if trainer.episode:
             charts |= {"episodic_return": np.mean(trainer.returns), "episodic_length": trainer.episode["l"]}
@@ -607,7 +607,7 @@ class Dashboard(contextlib.ExitStack):
             print(f"global_step={trainer.global_step}", *shown, flush=True)
 
     def render(self) -> panel.Panel:
-        trainer, total, tables = self.trainer, self.args.total_timesteps, {}
+        trainer, total, tables = self.trainer, self.trainer.total_steps, {}
         for (group, name), values in list(self.history.items()):
             parts = np.array_split(np.nan_to_num(values[-200:], posinf=0.0, neginf=0.0), 6)
             means = np.array([part.mean() for part in parts if len(part)])
@@ -633,6 +633,7 @@ def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) 
         trainer.start()
         dashboard = stack.enter_context(Dashboard(trainer, path.parent)) if RANK == 0 else None
         is_over = trainer.is_over()
+        args.expect("target_return", not (args.resume and is_over) or trainer.stopping, "more than was reached before")
         while not is_over and trainer.collect():
             trainer.update()
             is_over = trainer.is_over()
@@ -641,8 +642,7 @@ def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) 
                     save(trainer, path)  # first, as Ctrl-C may have ended who reads what is printed
                 dashboard.log(is_over)
             report(trainer)
-        if dashboard:
-            save(trainer, path)
+        save(trainer, path) if dashboard else None
     if RANK == 0 and not args.quiet:
         print(f"Saved {path}: --resume goes on with it, --mode eval --resume plays it")
     if trainer.stopping:
@@ -659,14 +659,15 @@ def evaluate(args: Args) -> None:
         trainer.returns = deque()  # of all episodes
         trainer.start()
         while len(trainer.returns) < args.eval_episodes * envs.num_agents:
-            if envs.render_mode and not trainer.returns:
+            if envs.render_mode in ("rgb_array", "ansi") and len(trainer.returns) < envs.num_agents:
                 frames.append(np.array(envs.render()[0]))
             trainer.act()
     returns, path = np.array(trainer.returns), Path(args.resume).with_name("eval.mp4")
     print(f"{len(returns)} episodes: return {returns.mean():.4g} +- {returns.std():.4g}", flush=True)
     if frames and frames[0].ndim:
         from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
-        ImageSequenceClip(frames, fps=envs.metadata.get("render_fps", 30)).write_videofile(str(path), logger=None)
+        clip = ImageSequenceClip([*frames, frames[-1]], fps=envs.metadata.get("render_fps", 30))  # it may drop the last
+        clip.write_videofile(str(path), logger=None)
     elif frames:  # see https://docs.asciinema.org/manual/asciicast/v2
         path, lines = path.with_suffix(".cast"), [{"version": 2, "width": 80, "height": 24}]
         lines += [[at / 5, "o", "\033[H\033[2J" + str(frame).replace("\n", "\r\n")] for at, frame in enumerate(frames)]
@@ -702,7 +703,7 @@ def sweep(args: Args, chosen: list[str]) -> None:
 
         return train(dataclasses.replace(args, **drawn), report)
 
-    study.optimize(objective, n_trials=max(args.sweep_trials - num_ended, 0), catch=RuntimeError)  # NaN, for one
+    study.optimize(objective, n_trials=max(args.sweep_trials - num_ended, 0), catch=Exception)  # NaN, for one
     args.expect("sweep_trials", any(trial.values for trial in study.trials), "one that does not fail as these have")
     optuna.visualization.matplotlib.plot_optimization_history(study).figure.savefig(folder / "history.png")
     found = " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in study.best_params.items())
@@ -736,10 +737,9 @@ def autotune(args: Args, chosen: list[str]) -> None:
 def main() -> None:
     sys.path.append(os.getcwd())  # where one looks for a module of one's own
     args = tyro.cli(Args)  # to resume, what the checkpoint's arguments say holds, unless a flag says otherwise
-    args = tyro.cli(Args, default=load(args.resume)["args"]) if args.resume else args
+    args = tyro.cli(Args, default=dataclasses.replace(load(args.resume)["args"], quiet=False)) if args.resume else args
     chosen = prepare(args)
-    if WORLD_SIZE > 1:
-        distributed.init_process_group()
+    distributed.init_process_group() if WORLD_SIZE > 1 else None
     modes = {"train": train, "eval": evaluate, "sweep": partial(sweep, chosen=chosen)}
     modes.get(args.mode, partial(autotune, chosen=chosen))(args)
     if WORLD_SIZE > 1:

@@ -518,3 +518,38 @@ class Repeater(FloatTeam):
 
     def __init__(self):
         Team.__init__(self, (("++", "T+", "T+", "TT"),))
+
+
+class MuteTeam(FloatTeam):
+    """The first of two agents dies at once, the second goes on for seven more steps; nobody can watch them."""
+
+    render_mode = None
+
+    def __init__(self, render_mode=None):
+        Team.__init__(self, (("++", "T+", *[".+"] * 6, ".X"),))
+        self.render_mode = self.mode if render_mode else None
+
+    mode = None
+
+
+class DrawnTeam(MuteTeam):
+    """Can be watched: the brighter, the later."""
+
+    metadata, mode = {"render_fps": 10}, "rgb_array"
+
+    def render(self):
+        return np.full((32, 32, 3), 20 * self.time, np.uint8)
+
+
+class HumanTeam(MuteTeam):
+    """Opens a window, or so it says."""
+
+    mode = "human"
+
+    def render(self):
+        return None
+
+
+def needy():
+    """An environment that cannot be made."""
+    raise KeyError("size")

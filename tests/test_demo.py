@@ -640,6 +640,35 @@ def test_atari_is_played_and_recorded_as_video(tmp_path, monkeypatch, capsys):
     assert video.read()[1].shape == (210, 160, 3) and video.get(cv2.CAP_PROP_FRAME_COUNT) > 100
 
 
+@pytest.mark.parametrize("name, printed", {
+    "MuteTeam": "cannot draw itself",  # its function takes no render_mode
+    "DrawnTeam": "Recorded",
+    "HumanTeam": "cannot draw itself",  # a window for people gives no pictures
+}.items())  # fmt: skip
+def test_a_team_is_played_and_recorded_until_all_its_agents_have_ended(name, printed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = "" if name == "MuteTeam" else "render_mode=None"
+    code = f"from tests.envs import {name}\ndef parallel_env({options}): return {name}({options[:11]})\n"
+    (tmp_path / f"{name}_module.py").write_text(code)
+    flags = (
+        f"--env-id pettingzoo:{name}_module --num-steps 16 --num-envs 2 --total-timesteps 64 --hidden-size 8 --quiet"
+    )
+    args = prepared(f"{flags} --vec serial --no-cuda")
+    demo.train(args)
+    (path,) = tmp_path.glob("runs/*/checkpoint.pt")
+    demo.evaluate(dataclasses.replace(args, mode="eval", resume=str(path), eval_episodes=2))
+    printed_lines = capsys.readouterr().out
+    assert "4 episodes: return" in printed_lines and printed in printed_lines
+    assert path.with_name("eval.cast").exists() is False and path.with_name("eval.mp4").exists() == (
+        name == "DrawnTeam"
+    )
+    if name == "DrawnTeam":
+        video = cv2.VideoCapture(str(path.with_name("eval.mp4")))
+        seen = [frame.mean() for good, frame in iter(video.read, (False, None)) if good]
+        assert np.allclose(seen[:8], 20 * np.arange(8), atol=3) and len(seen) in (8, 9)
+
+
 @pytest.mark.parametrize("vec", ["serial", "multiprocessing"])
 def test_the_reward_of_dying_counts_without_a_last_observation_too(vec):
     with trainer_of("tests.envs:Silent", vec=vec, num_envs=2) as trainer:
@@ -703,6 +732,10 @@ WRONG = {
     "--seed -1": "--seed -1: expected at least 0",
     "--learning-rate -0.1": "--learning-rate -0.1: expected at least 0",
     "--clip-coef -0.1": "--clip-coef -0.1: expected at least 0",
+    "--max-grad-norm -1": "--max-grad-norm -1.0: expected at least 0",
+    "--ent-coef nan": "--ent-coef nan: expected at least 0",
+    "--gamma 2": "--gamma 2.0: expected at most 1",
+    "--gae-lambda 95": "--gae-lambda 95.0: expected at most 1",
     "--mode sweep --learning-rate 0.1 --ent-coef 0 --gae-lambda 1 --gamma 1 --clip-coef 0.1 --update-epochs 1": (
         "--mode sweep: expected no flag for one of learning_rate, ent_coef"
     ),
@@ -711,8 +744,9 @@ WRONG = {
     "--total-timesteps 100": "--total-timesteps 100: expected at least one update, 1024",
     "--total-timesteps 3000 --env-id envs:FloatTeam": "--total-timesteps 3000: expected at least one update, 3072",
     "--mode eval": "--mode eval: expected --resume CHECKPOINT beside it",
-    "--env-id CartPoll-v1": "--env-id CartPoll-v1: Environment `CartPoll` doesn't exist",
-    "--env-id nothing:here": "--env-id nothing:here: No module named 'nothing'",
+    "--env-id CartPoll-v1": "--env-id CartPoll-v1: NameNotFound: Environment `CartPoll` doesn't exist",
+    "--env-id nothing:here": "--env-id nothing:here: ModuleNotFoundError: No module named 'nothing'",
+    "--env-id tests.envs:needy": "--env-id tests.envs:needy: KeyError: 'size'",
 }
 
 
@@ -757,7 +791,7 @@ def test_a_checkpoint_that_cannot_be_used_is_told_in_a_line(tmp_path):
     contents = demo.load(str(tmp_path / "good.pt"))
     for env_id, arguments in {"Acrobot-v1": {}, "CartPole-v1": {"hidden_size": 8}}.items():
         with trainer_of(env_id, **arguments) as trainer:
-            with pytest.raises(SystemExit, match="expected a checkpoint for") as end:
+            with pytest.raises(SystemExit, match="expected one for .*, not for ") as end:
                 demo.restore(trainer, contents)
             assert "\n" not in str(end.value)
 
@@ -771,7 +805,12 @@ def test_a_run_that_is_over_is_not_gone_on_with(tmp_path, monkeypatch):
     assert contents["args"].precision == "auto"  # what this machine made of it holds for no other
     with pytest.raises(SystemExit, match="--total-timesteps 256: expected an update beyond 256"):
         demo.train(dataclasses.replace(contents["args"], resume=str(path)))
-    demo.train(dataclasses.replace(contents["args"], resume=str(path), total_timesteps=512))
+    reached = dataclasses.replace(contents["args"], resume=str(path), total_timesteps=512, target_return=0.0)
+    with pytest.raises(SystemExit, match="--target-return 0.0: expected more than was reached before"):
+        contents["returns"] = [9.0] * 100
+        torch.save(contents | {"args": vars(contents["args"])}, path)
+        demo.train(reached)
+    demo.train(dataclasses.replace(reached, target_return=np.inf))
     assert [demo.load(str(path))["learned"] for path in sorted(tmp_path.glob("runs/*/checkpoint.pt"))] == [256, 512]
 
 
@@ -857,6 +896,15 @@ def test_an_environment_of_ones_own_is_found_where_one_works(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert 8 < float(re.findall(r"episodic_return=(\S+)", done.stdout)[-1]) < 100
+
+
+def test_a_run_that_goes_on_from_a_quiet_one_is_not_quiet(tmp_path):
+    flags = "--num-steps 16 --num-envs 2 --vec serial --hidden-size 8 --total-timesteps"
+    assert started(tmp_path, *flags.split(), "64", "--quiet").communicate()[0] == ""
+    (path,) = tmp_path.glob("runs/*/checkpoint.pt")
+    again = started(tmp_path, "--resume", str(path), "--total-timesteps", "128")
+    lines = again.communicate()[0].splitlines()
+    assert again.returncode == 0 and re.match("global_step=128 .* minutes_left=0 ", lines[-2])
 
 
 def test_ctrl_c_saves_and_leaves_no_process(tmp_path):
@@ -999,9 +1047,16 @@ def one_core():
     os.sched_setaffinity(0, usable)
 
 
-@pytest.mark.parametrize("failing", [1, 2])
-def test_a_trial_that_fails_ends_no_sweep(failing, tmp_path, monkeypatch, capsys):
+def out_of_order(env):
+    if np.isnan(env.seen).any():
+        raise ValueError("out of order")
+    return env.seen
+
+
+@pytest.mark.parametrize("failing, observe", [(1, Blind._observation), (2, Blind._observation), (1, out_of_order)])
+def test_a_trial_that_fails_ends_no_sweep(failing, observe, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Blind, "_observation", observe)
     monkeypatch.setattr(Blind, "made", 0)
     monkeypatch.setattr(Blind, "blind", 1 + failing)  # the first is made to look at the spaces
     flags = "--mode sweep --env-id tests.envs:Blind --vec serial --num-envs 1 --num-steps 16 --total-timesteps 16"
