@@ -262,7 +262,8 @@ class GymnasiumPufferEnv(gymnasium.ObservationWrapper, gymnasium.utils.RecordCon
 
     This adapter and the next have `layout` and `action_layout`; flat `observation_space` and `action_space` of one
     agent (also under `single_...`); `num_agents` rows; bool `masks`, False where the last call had nothing for an
-    agent. Other wrappers go inside: one around this is adapted again, and then `layout` is that of the flat rows.
+    agent. Other wrappers go inside: one around this is adapted again, and then `layout` is that of the flat rows. A
+    subclass whose rows or actions are others sets both names of their space.
     """
 
     def __init__(self, env: gymnasium.Env):
