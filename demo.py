@@ -88,11 +88,9 @@ class Args:
 # What holds where no flag is given, by the kind of environment; for images it is what puffer_ppo_atari.py has.
 COMMON = {"num_envs": 8, "update_epochs": 4, "learning_rate": 1e-3, "gamma": 0.99, "gae_lambda": 0.95, "clip_coef": 0.2}
 COMMON |= {"clip_vloss": False, "ent_coef": 0.01, "reward_scale": 0.1, "hidden_size": 128}
-PRESETS = {
-    "images": {"hidden_size": 512, "learning_rate": 2.5e-4, "clip_coef": 0.1, "clip_vloss": True, "reward_scale": 1.0},
-    "nethack": {"hidden_size": 256, "reward_scale": 1.0},
-    "continuous": {"ent_coef": 0.0, "update_epochs": 10}, "discrete": {"learning_rate": 2.5e-3},
-}
+PRESETS = {"continuous": {"ent_coef": 0.0, "update_epochs": 10}, "discrete": {"learning_rate": 2.5e-3}}
+PRESETS |= {"nethack": {"hidden_size": 256, "reward_scale": 1.0}, "images": {"hidden_size": 512, "reward_scale": 1.0}}
+PRESETS["images"] |= {"learning_rate": 2.5e-4, "clip_coef": 0.1, "clip_vloss": True}
 
 
 def prepare(args: Args) -> list[str]:
@@ -108,7 +106,7 @@ def prepare(args: Args) -> list[str]:
     others = "seed learning_rate clip_coef max_grad_norm vf_coef ent_coef gamma gae_lambda"
     for name, least in (dict.fromkeys(counts.split(), 1) | dict.fromkeys(others.split(), 0)).items():
         args.expect(name, getattr(args, name) >= least, f"at least {least}")
-        args.expect(name, not name.startswith("ga") or getattr(args, name) <= 1, "at most 1")  # gamma, gae_lambda
+        args.expect(name, name not in ("gamma", "gae_lambda") or getattr(args, name) <= 1, "at most 1")
     args.expect("env_id", envs.layout.flat_space.dtype.str[1:] not in ("u2", "u4", "u8"), "no uint16/32/64 observation")
     steps, length = args.num_envs * envs.num_agents * args.num_steps, args.bptt_horizon if args.use_lstm else 1
     args.expect("bptt_horizon", args.num_steps % length == 0, "to divide --num-steps")
@@ -132,7 +130,7 @@ def make_env(env_id: str, render: bool = False) -> Any:
     module, _, name = env_id.partition(":")
     if module == "pettingzoo":
         create = load_env_creator(f"{name}:parallel_env")
-        with contextlib.suppress(TypeError):  # one that cannot draw itself
+        with contextlib.suppress(TypeError if render else ()):  # one that cannot draw itself
             return create(render_mode="rgb_array") if render else create()
         return create()
     if name.isidentifier():
@@ -383,9 +381,12 @@ class Trainer:
         self.stopping = True
         signal.signal(number, signal.default_int_handler)  # a second Ctrl-C does not wait
 
+    def is_good(self) -> bool:
+        return len(self.returns) >= 100 and np.mean(self.returns) >= self.args.target_return
+
     def is_over(self) -> bool:
-        is_good = len(self.returns) >= 100 and np.mean(self.returns) >= self.args.target_return
-        votes = torch.tensor(float(self.stopping or self.learned >= self.total_steps or is_good), device=self.device)
+        is_over = self.stopping or self.learned >= self.total_steps or self.is_good()
+        votes = torch.tensor(float(is_over), device=self.device)
         distributed.all_reduce(votes) if distributed.is_initialized() else None  # ranks end together
         return bool(votes)
 
@@ -630,10 +631,10 @@ def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) 
         if args.resume:
             restore(trainer, load(args.resume))
             args.expect("total_timesteps", trainer.learned < trainer.total_steps, f"an update beyond {trainer.learned}")
+            args.expect("target_return", not trainer.is_good(), "more than was reached before")
         trainer.start()
         dashboard = stack.enter_context(Dashboard(trainer, path.parent)) if RANK == 0 else None
         is_over = trainer.is_over()
-        args.expect("target_return", not (args.resume and is_over) or trainer.stopping, "more than was reached before")
         while not is_over and trainer.collect():
             trainer.update()
             is_over = trainer.is_over()
@@ -652,10 +653,9 @@ def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) 
 
 def evaluate(args: Args) -> None:
     """Play a checkpoint, print how it did, and record its first episode beside it as a video or a cast of text."""
-    contents, frames = load(args.resume), []
-    trainer = Trainer(dataclasses.replace(args, num_envs=1, vec="serial", env_batch_size=0, compile=False))
+    trainer, frames = Trainer(dataclasses.replace(args, num_envs=1, vec="serial", env_batch_size=0, compile=False)), []
     with trainer.envs as envs:
-        restore(trainer, contents)
+        restore(trainer, load(args.resume))
         trainer.returns = deque()  # of all episodes
         trainer.start()
         while len(trainer.returns) < args.eval_episodes * envs.num_agents:

@@ -154,9 +154,20 @@ class Layout:
         flat, leaves, read, is_not = self.flat_space, self._leaves, self._read, operator.is_not
         if (row.shape, row.dtype) != (flat.shape, flat.dtype) or not row.flags.c_contiguous:
             raise ValueError(f"out: expected contiguous {flat}, got {row.dtype} of shape {row.shape} {row.strides}")
+        vector = row.data
+
+        def write_box(value: Any) -> np.ndarray:
+            try:
+                vector[:] = value  # 0.15 us; compares shape and dtype itself, and takes vectors only
+            except (NotImplementedError, TypeError, ValueError):
+                row[...] = _cast(leaves[0], value)  # 2.5 us for four frames, where a join takes 7
+            return row
+
+        if flat is self.space:
+            return write_box
         known, ends = [(leaf.shape, leaf.bounds.dtype) for leaf in leaves], [leaf.start for leaf in leaves[1:]]
         chunks = [part for leaf, end in zip(leaves, [*ends, row.nbytes]) for part in (b"", bytes(end - leaf.stop))]
-        arrays, target, vector = leaves, row.reshape(-1).view(np.uint8).data, row.data
+        arrays, target = leaves, row.reshape(-1).view(np.uint8).data  # of no sample yet
 
         def write(sample: Any) -> np.ndarray:
             # Environments that refill the same arrays at every step, as NetHack does, need no second check: MiniHack's
@@ -174,14 +185,7 @@ class Layout:
                 target[:] = b"".join(chunks)
             return row
 
-        def write_box(value: Any) -> np.ndarray:
-            try:
-                vector[:] = value  # 0.15 us; compares shape and dtype itself, and takes vectors only
-            except (NotImplementedError, TypeError, ValueError):
-                row[...] = _cast(leaves[0], value)  # 2.5 us for four frames, where a join takes 7
-            return row
-
-        return write_box if flat is self.space else write
+        return write
 
     def unflatten(self, flat: Any) -> Any:
         """See flat rows `(*batch, *flat_space.shape)`, numpy or torch, as nested views `(*batch, *leaf.shape)`.
@@ -263,7 +267,7 @@ class GymnasiumPufferEnv(gymnasium.ObservationWrapper, gymnasium.utils.RecordCon
     This adapter and the next have `layout` and `action_layout`; flat `observation_space` and `action_space` of one
     agent (also under `single_...`); `num_agents` rows; bool `masks`, False where the last call had nothing for an
     agent. Other wrappers go inside: one around this is adapted again, and then `layout` is that of the flat rows. A
-    subclass whose rows or actions are others sets both names of their space.
+    subclass may have a Box of its own as `observation_space`, and its own `action_space`.
     """
 
     def __init__(self, env: gymnasium.Env):
@@ -313,8 +317,11 @@ class PettingZooPufferEnv:
     def set_wrapper_attr(self, name: str, value: Any) -> None:
         """Set an attribute of the outermost wrapper that has it, or else of the environment inside them all."""
         env = self.env
-        while name not in vars(env) and not hasattr(type(env), name) and vars(env).keys() & {"env", "aec_env"}:
-            env = vars(env).get("env") or env.aec_env
+        while name not in vars(env) and not hasattr(type(env), name):
+            inner = getattr(env, "env", getattr(env, "aec_env", None))
+            if not hasattr(inner, "possible_agents"):  # there is none, or it is a simulator's
+                break
+            env = inner
         setattr(env, name, value)
 
     def step(self, actions: Sequence[Any]) -> tuple:
@@ -414,14 +421,14 @@ class _Shard:
             self.envs.append(env if isinstance(env, adapter) else adapter(env))
         env, count, self.all_infos = self.envs[0], self.envs[0].num_agents, infos == "all"
         own = slice(indices[0] * count, (indices[-1] + 1) * count)
-        self.rows = _map_rows(path, num_envs * count, env.single_observation_space, env.single_action_space, own)
+        self.rows = _map_rows(path, num_envs * count, env.observation_space, env.action_space, own)
         self.is_team, self.is_discrete = adapter is PettingZooPufferEnv, isinstance(env.action_space, spaces.Discrete)
         self.known = env.action_layout.valid if self.is_discrete and not self.is_team else ()  # they need no decoding
         self.slices = [slice(row, row + count) for row in range(0, len(self.envs) * count, count)]
         return [CloudpickleWrapper(self.describe(env)) for env in self.envs]
 
     def describe(self, env: Any) -> tuple:
-        alike = env.layout.space, env.single_observation_space, env.single_action_space, env.num_agents
+        alike = env.layout.space, env.observation_space, env.action_space, env.num_agents
         paths = [leaf.path for leaf in env.layout._leaves + env.action_layout._leaves]  # spaces are equal in any order
         agents = env.possible_agents if self.is_team else []
         return (*alike, paths, agents), getattr(env, "metadata", {}), getattr(env, "render_mode", None)
@@ -430,14 +437,15 @@ class _Shard:
         rows, self.turns = self.rows, []
         rows.rewards[:], rows.terminations[:], rows.truncations[:] = 0, False, False
         for index, (env, where) in enumerate(zip(self.envs, self.slices)):  # here, where all are known to be alike
-            own, space = vars(env).keys() & {"step", "observation"}, env.single_observation_space
-            if type(env) is GymnasiumPufferEnv and not own:  # its step is taken apart: 2.5 us less of a step's time
+            patched = vars(env).keys() & {"step", "observation"}
+            if type(env) is GymnasiumPufferEnv and not patched:  # its step is taken apart: 2.5 us less of a step's time
                 write = env.layout.writer(rows.observations[index, ...])  # an array even if it has no dimensions
                 self.turns.append((env.env, env.action_layout.unflatten, write, index))
-            elif type(env) is PettingZooPufferEnv and not own:
+            elif type(env) is PettingZooPufferEnv and not patched:
                 play = SimpleNamespace(step=env._play)
                 self.turns.append((play, lambda actions: actions, env.writer(rows.observations[where]), where))
             else:
+                space = env.observation_space
                 where, space = (where, batch_space(space, env.num_agents)) if self.is_team else (index, space)
                 write = Layout(space).writer(rows.observations[where, ...])
                 self.turns.append((env, lambda action: action, write, where))
@@ -466,8 +474,8 @@ class _Shard:
             write(observation)
             rewards[where] = reward if is_team or reward.__class__ is float else _scalar(reward)
             if is_team:
-                team = self.envs[index]
-                rows.masks[where], has_ended = team.masks, team.episode_over or True in terminated or True in truncated
+                rows.masks[where], over = self.envs[index].masks, self.envs[index].episode_over
+                has_ended = over or True in terminated or True in truncated
             else:
                 has_ended = terminated or truncated
             if has_ended:
@@ -564,9 +572,9 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
     def _describe(self, path: str, described: list[tuple]) -> None:
         first, metadata, self.render_mode = described[0]
         for other, *_ in described:
-            if other != first:
-                raise ValueError("environments must be alike, got {} after {}".format(*next(
-                    pair for pair in zip(other, first) if pair[0] != pair[1])))  # fmt: skip
+            for got, expected in zip(other, first):
+                if got != expected:
+                    raise ValueError(f"environments must be alike, got {got} after {expected}")
         self.metadata = {**metadata, "autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
         space, self.single_observation_space, self.single_action_space, per_env, *_ = first
         self.layout = Layout(space)
@@ -711,7 +719,7 @@ class _Line:
         self.flag[0] = flag
         bell.release()  # 0.1 us where nobody sleeps
         if message:  # last, so that one larger than the pipe finds its reader
-            with contextlib.suppress(OSError):  # the other side is dead or closed, which each notices elsewhere
+            with contextlib.suppress(ConnectionError):  # the other side is dead, which each notices elsewhere
                 self.connection.send_bytes(message)
 
     def next_request(self) -> tuple[str, tuple] | None:

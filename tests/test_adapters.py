@@ -175,6 +175,10 @@ def test_attributes_are_set_on_the_env_that_has_them():
     env.set_wrapper_attr("newcomer", 7)
     assert env.env.env.env.scripts is scripts and env.env.env.env.newcomer == env.get_wrapper_attr("newcomer") == 7
     assert "scripts" not in vars(env.env) and "newcomer" not in vars(env.env.env)
+    simulated = Team()
+    simulated.env = Counter()  # an attribute that happens to have this name is no wrapped environment
+    PettingZooPufferEnv(simulated).set_wrapper_attr("wind", 3)
+    assert simulated.wind == 3 and not hasattr(simulated.env, "wind")
     env.reset()
     assert env.step(np.ones(3, int))[3].all()
 

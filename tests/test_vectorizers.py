@@ -1081,8 +1081,8 @@ class Scaled(GymnasiumPufferEnv):
 
     def __init__(self, env):
         super().__init__(env)
-        self.observation_space = self.single_observation_space = spaces.Box(0, 1, (4,), np.float32)
-        self.action_space = self.single_action_space = spaces.Box(0, 1, (1,), np.float32)
+        self.observation_space = spaces.Box(0, 1, (4,), np.float32)
+        self.action_space = spaces.Box(0, 1, (1,), np.float32)
 
     def step(self, action):
         return super().step(round(4 * float(action[0])))
@@ -1096,7 +1096,7 @@ class Numbered(PettingZooPufferEnv):
 
     def __init__(self, env):
         super().__init__(env)
-        self.observation_space = self.single_observation_space = spaces.Box(0, 255, (13,), np.uint8)
+        self.observation_space = spaces.Box(0, 255, (13,), np.uint8)
 
     def observation(self, observations):
         rows = super().observation(observations)
