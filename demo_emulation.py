@@ -4,6 +4,8 @@ Run `python demo_emulation.py`. It stops after each of seven ideas, in Python's 
 `c` goes on to the next stop, `q` quits. With PYTHONBREAKPOINT=0 in the environment it runs through.
 """
 
+import bdb
+import sys
 import warnings
 from functools import partial
 
@@ -46,7 +48,7 @@ def picture(chars, colors):
         Text.assemble(*[(chr(char), styles[color % 16]) for char, color in zip(chars[line], colors[line])])
         for line in np.flatnonzero((chars != ord(" ")).any(axis=1))
     ]
-    return Text("\n", no_wrap=True, overflow="crop").join(lines)
+    return Text("\n").join(lines)
 
 
 def table(leaves, **columns):
@@ -69,12 +71,14 @@ def look_at(*names):
 
 
 if __name__ == "__main__":
+    tell = sys.excepthook
+    sys.excepthook = lambda kind, *rest: kind is bdb.BdbQuit or tell(kind, *rest)  # q raises it, which is no error
     console.print("Seven stops in the debugger: a name shows what it holds, c goes on, q quits.\n")
 
     headline("1. A raw environment")
     env = make_env(seed=7)
     raw, info = env.reset()
-    console.print(picture(raw["tty_chars"], raw["tty_colors"]))
+    console.print(picture(raw["tty_chars"], raw["tty_colors"]), no_wrap=True, overflow="crop")
     console.print("\nYou are @, and boulders ` pushed into the river } make a way across.")
     console.print("What you see is two of the nine arrays that are one observation:\n")
     console.print(table(raw))
@@ -121,7 +125,8 @@ if __name__ == "__main__":
     console.print(table(some(batch), first_equals_raw=first_equals_raw.get))
     river = slice(26, 46)  # columns of the map
     console.print()
-    console.print(picture(np.hstack(batch["chars"][..., river]), np.hstack(batch["colors"][..., river])))
+    rivers = picture(np.hstack(batch["chars"][..., river]), np.hstack(batch["colors"][..., river]))
+    console.print(rivers, no_wrap=True, overflow="crop")
     look_at("observations", "batch", 'batch["blstats"][:, :2]', "first_equals_raw")
     breakpoint()
 

@@ -38,6 +38,19 @@ def test_it_runs_through(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_narrow_terminal_cuts_pictures_off(tmp_path):
+    lines = run_demo(tmp_path, PYTHONBREAKPOINT="0", FORCE_COLOR="", COLUMNS="60").stdout.splitlines()
+    assert max(map(len, lines)) <= 60
+    rivers = [line for line in lines if re.fullmatch(r"[ .}`@]+", line) and "}" in line]
+    assert {len(line) for line in rivers[-6:]} == {60}  # four of them side by side take 80
+
+
+def test_q_quits_without_a_traceback(tmp_path):
+    command = [sys.executable, str(ROOT / "demo_emulation.py")]
+    done = subprocess.run(command, cwd=tmp_path, input="c\nq\n", capture_output=True, text=True, timeout=110)
+    assert "(Pdb)" in done.stdout and "\n3. " not in done.stdout and "Traceback" not in done.stderr
+
+
 def test_at_each_stop_is_what_the_text_says(tmp_path):
     done = run_demo(tmp_path, PYTHONBREAKPOINT="test_demo_emulation.stop", FORCE_COLOR="1", NO_COLOR="")
     assert [line for line in done.stdout.splitlines() if line.startswith("saw ")] == [f"saw {idea}" for idea in IDEAS]
