@@ -34,7 +34,7 @@ class NetHackWrapper(gymnasium.Wrapper):
         super().__init__(env)
         self.metadata, self._frame = {**env.metadata, "render_fps": 5}, None  # NLE says 42: too quick to follow
         is_asked_for = any(key.startswith("screen_descriptions") for key in env.observation_space)
-        is_read = type(env.unwrapped).step.__module__ not in ("minihack.base", "nle.env.base")  # KeyRoom's looks for keys
+        is_read = type(env.unwrapped).step.__module__ not in ("minihack.base", "nle.env.base")  # KeyRoom
         if not (is_asked_for or is_read) and getattr(env.unwrapped, "reward_manager", None) is None:
             game = env.unwrapped.nethack
             buffers = {key: buffer for key, buffer in game._obs_buffers.items() if key != "screen_descriptions"}
