@@ -428,10 +428,10 @@ class _Shard:
         return [CloudpickleWrapper(self.describe(env)) for env in self.envs]
 
     def describe(self, env: Any) -> tuple:
-        alike = env.layout.space, env.observation_space, env.action_space, env.num_agents
         paths = [leaf.path for leaf in env.layout._leaves + env.action_layout._leaves]  # spaces are equal in any order
-        agents = env.possible_agents if self.is_team else []
-        return (*alike, paths, agents), getattr(env, "metadata", {}), getattr(env, "render_mode", None)
+        kind, agents = ("a team", env.possible_agents) if isinstance(env, PettingZooPufferEnv) else ("one agent", ())
+        alike = kind, env.layout.space, env.observation_space, env.action_space, env.num_agents, paths
+        return alike, agents, getattr(env, "metadata", {}), getattr(env, "render_mode", None)
 
     def reset(self, seeds: Sequence[int | None], options: dict | None) -> list:
         rows, self.turns = self.rows, []
@@ -570,13 +570,13 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
             raise
 
     def _describe(self, path: str, described: list[tuple]) -> None:
-        first, metadata, self.render_mode = described[0]
-        for other, *_ in described:
-            for got, expected in zip(other, first):
+        first, agents, metadata, self.render_mode = described[0]
+        for other, names, *_ in described:
+            for got, expected in (*zip(other, first), (names, agents if {*names} == {*agents} else names)):
                 if got != expected:
                     raise ValueError(f"environments must be alike, got {got} after {expected}")
         self.metadata = {**metadata, "autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
-        space, self.single_observation_space, self.single_action_space, per_env, *_ = first
+        _, space, self.single_observation_space, self.single_action_space, per_env, _ = first
         self.layout = Layout(space)
         self.num_agents, self.agents_per_batch = self.num_envs * per_env, self.batch_size * per_env
         self.observation_space = batch_space(self.single_observation_space, self.agents_per_batch)

@@ -890,6 +890,27 @@ def test_teams_whose_agents_come_in_another_order_are_refused(backend):
         backend([Team, turned])
 
 
+@backends
+def test_teams_may_have_names_of_their_own(backend):
+    def named(name):
+        team = Team()
+        team.possible_agents = [f"{name}_{number}" for number in range(3)]
+        return team
+
+    with backend([functools.partial(named, name) for name in "ab"]) as envs:
+        envs.reset(seed=1)
+        assert envs.masks.tolist() == [True, True, False] * 2
+        assert envs.step([1] * 6)[1].tolist() == [11, 21, 0] * 2
+
+
+@backends
+def test_a_team_of_one_is_no_single_env(backend):
+    alone = CounterTeam(1)
+    assert alone.observation_space(0) == Counter.observation_space
+    with pytest.raises(ValueError, match="alike, got a team after one agent"):
+        backend([Counter, functools.partial(CounterTeam, 1)])
+
+
 # ---------------------------------------------------------------------------------------------------- calls, attributes
 
 
