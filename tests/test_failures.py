@@ -254,11 +254,15 @@ def test_ctrl_c_within_a_message_closes(method):
 def test_ctrl_c_before_a_worker_is_rung_closes():
     with Multiprocessing([patient] * 2, num_workers=2) as envs:
         envs.reset()
-        line, ring = envs._lines[1], envs._lines[1].worker_bell.release
+        line, ring, rings = envs._lines[1], envs._lines[1].worker_bell.release, iter([False, True])
+
+        def release():
+            if not next(rings):
+                raise KeyboardInterrupt
+            ring()
+
         with mock.patch.object(line, "worker_bell") as bell, pytest.raises(KeyboardInterrupt):
-            bell.release.side_effect = lambda: (
-                ring() if bell.release.call_count > 1 else signal.raise_signal(signal.SIGINT)
-            )
+            bell.release = release
             envs.send(envs.action_space.sample())
         with pytest.raises(APIUsageError, match="closed"):  # the worker's flag is set, but it sleeps on
             envs.reset()
