@@ -556,7 +556,7 @@ def load(path: str) -> dict[str, Any]:
 
 def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
     """Go on from a checkpoint; ends with one line if it is of another environment or network."""
-    trainer.args.expect("resume", trainer.task == (task := contents["task"]), f"one for {trainer.task}, not for {task}")
+    trainer.args.expect("resume", trainer.task == contents["task"], f"one for {trainer.task}, not {contents['task']}")
     trainer.policy.load_state_dict(contents["policy"])
     trainer.optimizer.load_state_dict(contents["optimizer"])
     vars(trainer).update({name: contents[name] for name in ("iteration", "learned", "global_step", "num_episodes")})

@@ -132,12 +132,12 @@ if __name__ == "__main__":
 
     # Wrong arguments: better one line now than a traceback later
     batch = f"--num-envs * --num-steps, {args.batch_size}"
-    weights = ("learning_rate", "clip_coef", "ent_coef", "vf_coef", "max_grad_norm")
+    not_negative = ("learning_rate", "clip_coef", "ent_coef", "vf_coef", "max_grad_norm")
     for name, is_right, expected in (
         ("num_envs", args.num_envs > 0, "at least 1"),
         ("num_steps", args.num_steps > 0, "at least 1"),
         ("update_epochs", args.update_epochs > 0, "at least 1"),
-        *[(name, getattr(args, name) >= 0, "at least 0") for name in weights],
+        *[(name, getattr(args, name) >= 0, "at least 0") for name in not_negative],
         *[(name, 0 <= getattr(args, name) <= 1, "from 0 to 1") for name in ("gamma", "gae_lambda")],
         ("num_minibatches", 0 < args.num_minibatches * args.minibatch_size == args.batch_size, f"to divide {batch}"),
         ("norm_adv", args.minibatch_size > 1 or not args.norm_adv, "minibatches of two steps or more"),

@@ -523,28 +523,28 @@ class Repeater(FloatTeam):
 class MuteTeam(FloatTeam):
     """The first of two agents dies at once, the second goes on for seven more steps; nobody can watch them."""
 
-    render_mode = None
-
-    def __init__(self, render_mode=None):
+    def __init__(self):
         Team.__init__(self, (("++", "T+", *[".+"] * 6, ".X"),))
-        self.render_mode = self.mode if render_mode else None
-
-    mode = None
 
 
 class DrawnTeam(MuteTeam):
     """Can be watched: the brighter, the later."""
 
-    metadata, mode = {"render_fps": 10}, "rgb_array"
+    metadata = {"render_fps": 10}
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.render_mode = render_mode
 
     def render(self):
         return np.full((32, 32, 3), 20 * self.time, np.uint8)
 
 
-class HumanTeam(MuteTeam):
-    """Opens a window, or so it says."""
+class HumanTeam(DrawnTeam):
+    """Opens a window, or so it says, whatever it is asked for."""
 
-    mode = "human"
+    def __init__(self, render_mode=None):
+        super().__init__("human")
 
     def render(self):
         return None

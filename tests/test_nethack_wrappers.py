@@ -37,6 +37,7 @@ TASKS = {
     "MiniHack-Eat-v0": KEYS,  # rewards from what the screen says
     "MiniHack-Quest-Easy-v0": ("glyphs_crop", "chars_crop", "blstats", "pixel_crop"),
     "MiniHack-Room-Monster-5x5-v0": (*KEYS, "screen_descriptions"),
+    "MiniHack-River-MonsterLava-v0": (*KEYS, "screen_descriptions"),  # as describing them changes these games
     "MiniHack-KeyRoom-S5-v0": KEYS,  # whose `step` looks for words
     "NetHackScore-v0": KEYS,
 }

@@ -372,7 +372,7 @@ def expect_team(envs, scripts, steps):
 
 TEAM_SCRIPTS = {
     "absent at reset, dying, returning": [("++.", "+T.", "+.+", "+++", "X.T")],
-    "all truncated at once": [("+++", "+++", "XXX")],
+    "all truncated at once": [("+++", "+++", "X" * 3)],
     "another set of agents in turn": [("++.", "+++", "XTX"), (".++", ".+T", ".X."), ("+..", "+..", "T..")],
     "one after the other": [("+++", "T++", ".X+", "..T")],
     "a last one who was not there before": [("+..", "..+", "TX.")],
