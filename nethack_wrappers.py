@@ -8,17 +8,21 @@ from nle.env.base import NLE
 from nle.env.tasks import NetHackChallenge
 
 SCREEN_KEYS = ("tty_chars", "tty_colors", "tty_cursor")
+# What a step is made of, and the modules whose methods are known here
+METHODS = ("step", "_is_episode_end", "_reward_fn", "_get_time_penalty", "_get_observation")
+MODULES = ("minihack.base", "nle.env.base", "nle.env.tasks")
 
 
 class NetHackWrapper(gymnasium.Wrapper):
     """NetHack, seeded and drawn as other environments are, without work that nobody sees.
 
-    At every step MiniHack has the game describe all 1,659 places of the map in words, and copies these 133 kB twice,
-    for the rewards of a few tasks. Where neither the observation space nor a reward manager nor a task's own `step` has
-    them, they are left out: a step of MiniHack-River takes 0.6 times as long. Observations, rewards and ends are the
-    same, but in games that describing itself changes: of 600 random steps, one seed in eight took another turn in
-    River-MonsterLava and one in CorridorBattle, none in River. For MiniHack's `get_screen_description` and the like, or
-    for exactly its games, ask for the words: `gymnasium.make(..., observation_keys=(..., "screen_descriptions"))`.
+    At every step MiniHack has the game describe all 1,659 places of the map in words, and copies these 133 kB and all
+    else twice, for the rewards of a few tasks. Where neither the observation space nor a reward manager nor a method of
+    the task's own may read that, it is left out: a step of MiniHack-River takes 0.4 times as long. Observations,
+    rewards and ends are the same, but in games that describing itself changes: of 600 random steps, one seed in eight
+    took another turn in River-MonsterLava and one in CorridorBattle, none in River. For MiniHack's
+    `get_screen_description` and the like, or for exactly its games, ask for the words:
+    `gymnasium.make(..., observation_keys=(..., "screen_descriptions"))`.
 
     Raises:
         TypeError: the environment is none of NLE's or MiniHack's, or one that must not be seeded.
@@ -32,14 +36,32 @@ class NetHackWrapper(gymnasium.Wrapper):
             raise TypeError(f"NetHackWrapper seeds every game, which NetHack's Challenge forbids, got {env}")
         super().__init__(env)
         self.metadata, self._frame = {**env.metadata, "render_fps": 5}, None  # NLE says 42: too quick to follow
-        is_asked_for = any(key.startswith("screen_descriptions") for key in env.observation_space)
-        # A task may look for words in a `step` of its own, as KeyRoom does.
-        has_own_step = type(env.unwrapped).step.__module__ not in ("minihack.base", "nle.env.base")
-        if not (is_asked_for or has_own_step) and getattr(env.unwrapped, "reward_manager", None) is None:
-            game = env.unwrapped.nethack
+        nle, game = env.unwrapped, env.unwrapped.nethack
+        # A task's own methods may read anything: KeyRoom's `step` the words, Sokoban's reward the map before the step.
+        own = {name for name in METHODS if getattr(type(nle), name, NLE).__module__ not in MODULES}
+        if "step" in own or getattr(nle, "reward_manager", None) is not None:
+            return
+        if not any(key.startswith("screen_descriptions") for key in env.observation_space):
             buffers = {key: buffer for key, buffer in game._obs_buffers.items() if key != "screen_descriptions"}
             game._pynethack.set_buffers(**buffers)  # all that the game fills
             game._obs = tuple(buffers.get(key, buffer[:0]) for key, buffer in game._obs_buffers.items())
+        if not own:
+            self._leave_out_copies(nle, game._obs)
+
+    @staticmethod
+    def _leave_out_copies(nle: NLE, arrays: tuple) -> None:
+        """Before a step, NLE and MiniHack copy all arrays, one by one, and their rewards compare two of them."""
+        compared, step = (nle._blstats_index, nle._internal_index), nle.step
+        before = [array if index in compared else [] for index, array in enumerate(arrays)]
+
+        def step_with_two(action: int) -> tuple:
+            nle.last_observation = before
+            return step(action)
+
+        nle.step = step_with_two
+        if not any("crop" in key or "pixel" in key for key in nle.observation_space):
+            observation = nle._get_observation(arrays)  # the same arrays after every step
+            nle._get_observation = lambda _: dict(observation)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         """Start a game; all games from one seed to the next follow from it. NLE itself would ignore the seed."""
