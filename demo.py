@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -720,18 +721,17 @@ def autotune(args: Args, chosen: list[str]) -> None:
     for count, workers in pools:  # an even number of workers, so that half of them is some
         pool = f"--vec multiprocessing --num-envs {count} --num-workers {workers}"
         ways += [pool, f"{pool} --env-batch-size {count // 2}", f"{pool} --env-batch-size {count // 2} --no-zero-copy"]
-    for way in ways:
-        if time.perf_counter() < deadline:
-            trainer = Trainer(tyro.cli(Args, args=[*way.split(), "--num-steps", "8"], default=args))
-            with trainer.envs:
-                trainer.start()
-                for seconds in (0.3, 1.0):  # the first to warm up
-                    start, first = time.perf_counter(), trainer.global_step
-                    while time.perf_counter() - start < seconds:
-                        trainer.act()
-            results.append(((trainer.global_step - first) / (time.perf_counter() - start), way))
-            print("{:10,.0f} steps/s with {}".format(*results[-1]), flush=True)
-    print(f"Fastest of {len(results)} (of {len(ways)}): python demo.py --env-id {args.env_id} {max(results)[1]}")
+    for way in (way for way in ways if time.perf_counter() < deadline):
+        with (trainer := Trainer(tyro.cli(Args, args=[*way.split(), "--num-steps", "8"], default=args))).envs:
+            trainer.start()
+            for seconds in (0.3, 1.0):  # the first to warm up
+                start, first = time.perf_counter(), trainer.global_step
+                while time.perf_counter() - start < seconds:
+                    trainer.act()
+        results.append(((trainer.global_step - first) / (time.perf_counter() - start), way))
+        print("{:10,.0f} steps/s with {}".format(*results[-1]), flush=True)
+    rest = re.sub(r"--(mode|vec|num.(env|worker)s|env.batch.size)[ =]\S+|--(no.)?zero.copy", "", " ".join(sys.argv[1:]))
+    print(f"Fastest of {len(results)} (of {len(ways)}): python demo.py", *rest.split(), max(results)[1])
 
 
 def main() -> None:

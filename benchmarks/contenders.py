@@ -247,9 +247,10 @@ class Contender(NamedTuple):
 
 def _sync(case: Case, **settings: Any) -> list[dict]:
     """As many workers as there are cores, or the most below that split a case; or one, if that is quick to make."""
-    most = max(count for count in range(1, CORES + 1) if case.num_envs % count == 0)
-    counts = dict.fromkeys((most, 1)) if case.environment.seconds < 0.1 else (most,)
-    return [{"num_workers": count, **settings} for count in counts]
+    mosts = [CORES, 2 * CORES, 4 * CORES] if CORES > 4 else [CORES]  # on two cores more only lose, see the sweeps
+    counts = [max(count for count in range(1, most + 1) if case.num_envs % count == 0) for most in mosts]
+    counts += [1] if case.environment.seconds < 0.1 else []
+    return [{"num_workers": count, **settings} for count in dict.fromkeys(counts)]
 
 
 def _first_ready(case: Case, *times: int, **settings: Any) -> list[dict]:

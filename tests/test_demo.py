@@ -1064,15 +1064,17 @@ def test_a_trial_that_fails_ends_no_sweep(failing, observe, tmp_path, monkeypatc
         assert "Best of 2 trials" in capsys.readouterr().out
 
 
-def test_autotune_measures_and_names_a_command(capsys, one_core):
+def test_autotune_measures_and_names_a_command(capsys, monkeypatch, one_core):
     """On one core, where the workers of a pool that waits for half of its environments are two all the same."""
-    own = {"num_envs": 4, "env_batch_size": 1}  # which no two workers of four environments could have
-    args = demo.Args(env_id="CartPole-v1", mode="autotune", cuda=False, quiet=True, **own)
+    own = "--env-id CartPole-v1 --no-cuda --quiet"
+    tuned = "--mode autotune --num-envs=4 --env_batch_size 1 --no-zero-copy"  # no two workers of four could have that
+    monkeypatch.setattr(sys, "argv", ["demo.py", *tuned.split(), *own.split()])
+    args = tyro.cli(demo.Args)
     demo.autotune(args, demo.prepare(args))
     *measured, last = capsys.readouterr().out.splitlines()
     speeds = {line.partition(" with ")[2]: float(line.split()[0].replace(",", "")) for line in measured}
     assert len(speeds) >= 4 and min(speeds.values()) > 0
     command = last.partition(": ")[2]
-    assert command.startswith("python demo.py --env-id CartPole-v1 --vec ")
+    assert command.startswith(f"python demo.py {own} --vec ")
     assert max(speeds, key=speeds.get) in command
     demo.prepare(tyro.cli(demo.Args, args=shlex.split(command)[2:]))
