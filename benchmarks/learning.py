@@ -42,7 +42,7 @@ class Task(NamedTuple):
 
 TEAM = "--num-envs 16 --num-steps 25 --learning-rate 1e-3 --gamma 0.95"
 RECALL = "--env-id tests.envs:Recall --num-steps 64 --hidden-size 32 --learning-rate 5e-3"
-PONG = "--num-envs 128 --num-steps 32 --num-minibatches 8 --learning-rate 7.5e-4 --clip-coef 0.2 --no-clip-vloss"
+PONG = "--num-envs 64 --num-steps 32 --update-epochs 8 --learning-rate 1.5e-3 --clip-coef 0.2 --no-clip-vloss"
 STEPS = "--num-steps 32 --total-timesteps 8192 --env-id benchmarks.environments"
 IN_STEP = "--num-envs 16 --num-workers 16"
 FIRST_READY = f"{IN_STEP} --env-batch-size 8 --no-zero-copy"
@@ -59,7 +59,7 @@ TASKS = {
     "Steps that work, 8 in step": Task(f"{STEPS}:working --num-envs 8 --num-workers 8"),
     "Steps that work, 16 in step": Task(f"{STEPS}:working {IN_STEP}"),
     "Steps that work, first 8 of 16": Task(f"{STEPS}:working {FIRST_READY}"),
-    "Pong": Task(f"--env-id PongNoFrameskip-v4 {PONG} --compile --total-timesteps 2500000", 20, is_for_gpus=True),
+    "Pong": Task(f"--env-id PongNoFrameskip-v4 {PONG} --compile --total-timesteps 1000000", 20, is_for_gpus=True),
 }
 
 
@@ -80,9 +80,10 @@ def learn(task: Task, seed: int) -> dict[str, Any]:
     flags = [*task.flags.split(), "--seed", str(seed), "--quiet"]
     flags += [] if task.goal is None else ["--target-return", str(task.goal)]
     with tempfile.TemporaryDirectory() as folder:
-        start, paths = time.time(), {**os.environ, "PYTHONPATH": str(records.ROOT)}
+        paths = os.pathsep.join([str(records.ROOT), os.environ.get("PYTHONPATH", "")])
         command = [sys.executable, "-W", "ignore", str(records.ROOT / "demo.py"), *flags]
-        done = subprocess.run(command, cwd=folder, env=paths, capture_output=True, text=True, check=False)
+        start, environment = time.time(), {**os.environ, "PYTHONPATH": paths}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError((done.stderr.strip().splitlines() or ["it ended early"])[-1])
         return logged(Path(folder), start, seed)
