@@ -129,13 +129,11 @@ NETHACK_KEYS = ("glyphs", "blstats", "message")  # what its network reads
 def make_env(env_id: str, render: bool = False) -> Any:
     """Return an environment by its id; with `render`, one that can draw itself, as a picture or as text."""
     module, _, name = env_id.partition(":")
-    if module == "pettingzoo":
-        create = load_env_creator(f"{name}:parallel_env")
-        with contextlib.suppress(TypeError if render else ()):  # one that cannot draw itself
-            return create(render_mode="rgb_array") if render else create()
-        return create()
-    if name.isidentifier():
-        env = load_env_creator(env_id)()
+    if module == "pettingzoo" or name.isidentifier():
+        create, env = load_env_creator(f"{name}:parallel_env" if module == "pettingzoo" else env_id), None
+        with contextlib.suppress(Exception if render else ()):  # one that cannot draw itself
+            env = create(render_mode="rgb_array") if render else create()
+        env = create() if env is None else env
         env = env.env if isinstance(env, puffer_core.GymnasiumPufferEnv) else env  # all are made flat later, and once
     elif env_id.startswith(("MiniHack-", "NetHack")):
         from nethack_wrappers import SCREEN_KEYS, NetHackWrapper
@@ -146,18 +144,19 @@ def make_env(env_id: str, render: bool = False) -> Any:
         if is_atari := env_id.startswith("ALE/") or "NoFrameskip" in env_id:
             from atari_wrappers import AtariWrapper  # which makes the games known to gymnasium too
         make = partial(gym.make, env_id, **({"frameskip": 1} if env_id.startswith("ALE/") else {}))
-        can_draw = render and "rgb_array" in make().metadata.get("render_modes", ())
-        env = make(render_mode="rgb_array" if can_draw else None)
+        modes = make().metadata.get("render_modes", ()) if render else ()
+        env = make(**next(({"render_mode": mode} for mode in ("rgb_array", "ansi") if mode in modes), {}))
         env = AtariWrapper(env) if is_atari else env  # which counts whole games, not lives
-    counts = any(name in str(env) for name in ("EpisodeStat", "AtariWrapper"))  # itself; two counters would clash
-    return puffer_core.EpisodeStats(env) if isinstance(env, gym.Env) and not counts else env
+    counts = any(f"<{name}<" in str(env) for name in ("RecordEpisodeStatistics", "EpisodeStats", "AtariWrapper"))
+    return puffer_core.EpisodeStats(env) if isinstance(env, gym.Env) and not counts else env  # two would clash
 
 
 def kind_of(space: spaces.Space, action_space: spaces.Space | None = None) -> str:
     """Tell NetHack, pictures that are large enough for the convolutions, and the rest by what the agent does."""
     if isinstance(space, spaces.Dict) and set(NETHACK_KEYS) <= set(space):
         return "nethack"
-    if len(space.shape or ()) == 3 and space.dtype == np.uint8 and sorted(space.shape)[1] >= 36:
+    shape = space.shape or ()
+    if len(shape) == 3 and space.dtype == np.uint8 and min(shape[:2] if shape[2] < shape[0] else shape[1:]) >= 36:
         return "images"
     return "continuous" if isinstance(action_space, spaces.Box) else "discrete"
 
@@ -660,7 +659,8 @@ def evaluate(args: Args) -> None:
         trainer.returns = deque()  # of all episodes
         trainer.start()
         while len(trainer.returns) < args.eval_episodes * envs.num_agents:
-            if envs.render_mode in ("rgb_array", "ansi") and len(trainer.returns) < envs.num_agents:
+            is_short = sum(frame.nbytes for frame in frames[:1]) * len(frames) < 2**31  # as some episodes never end
+            if is_short and envs.render_mode in ("rgb_array", "ansi") and len(trainer.returns) < envs.num_agents:
                 frames.append(np.array(envs.render()[0]))
             trainer.act()
     returns, path = np.array(trainer.returns), Path(args.resume).with_name("eval.mp4")
@@ -686,8 +686,7 @@ def sweep(args: Args, chosen: list[str]) -> None:
     (folder := Path("runs", f"sweep__{args.env_id}__{args.exp_name}")).mkdir(parents=True, exist_ok=True)
     fixed = {name: getattr(args, name) for name in vars(args) if name not in (*chosen, "sweep_trials", "quiet")}
     settings = {"study_name": str(fixed), "storage": f"sqlite:///{folder}/study.db", "load_if_exists": True}
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2)
-    study = optuna.create_study(direction="maximize", pruner=pruner, **settings)
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.MedianPruner(n_warmup_steps=2), **settings)
     num_ended = sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials)
 
     def objective(trial: optuna.Trial) -> float:
@@ -705,7 +704,8 @@ def sweep(args: Args, chosen: list[str]) -> None:
         return train(dataclasses.replace(args, **drawn), report)
 
     study.optimize(objective, n_trials=max(args.sweep_trials - num_ended, 0), catch=Exception)  # NaN, for one
-    args.expect("sweep_trials", any(trial.values for trial in study.trials), "one that does not fail as these have")
+    values = [trial.value for trial in study.trials if trial.values]
+    args.expect("sweep_trials", np.isfinite(values).any(), "one that does not fail, and ends episodes")
     optuna.visualization.matplotlib.plot_optimization_history(study).figure.savefig(folder / "history.png")
     found = " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in study.best_params.items())
     print(f"Best of {len(study.trials)} trials, see {folder}/history.png: return {study.best_value:.4g} with {found}")

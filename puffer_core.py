@@ -312,17 +312,19 @@ class PettingZooPufferEnv:
         self.get_wrapper_attr = partial(getattr, self)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__.get("env"), name)
+        return getattr(env if hasattr(env := self.__dict__.get("env"), name) else self._holder(name), name)
 
     def set_wrapper_attr(self, name: str, value: Any) -> None:
         """Set an attribute of the outermost wrapper that has it, or else of the environment inside them all."""
-        env = self.env
-        while name not in vars(env) and not hasattr(type(env), name):
-            inner = getattr(env, "env", getattr(env, "aec_env", None))
-            if not hasattr(inner, "possible_agents"):  # there is none, or it is a simulator's
+        setattr(self._holder(name), name, value)
+
+    def _holder(self, name: str) -> Any:
+        env = inner = self.__dict__.get("env")  # while this is copied, there is none yet
+        while hasattr(inner, "possible_agents"):  # unlike a simulator, which may be called `env` too
+            env, inner = inner, getattr(inner, "env", getattr(inner, "aec_env", None))
+            if name in vars(env) or hasattr(type(env), name):
                 break
-            env = inner
-        setattr(env, name, value)
+        return env
 
     def step(self, actions: Sequence[Any]) -> tuple:
         """Step with flat actions; returns rows, arrays of rewards, terminations and truncations, and infos by agent."""
@@ -508,7 +510,7 @@ class _Shard:
             results.append(found(*args, **kwargs) if callable(found) else found)
         return results
 
-    def close(self) -> None:
+    def close(self, **_: Any) -> None:
         while self.envs:
             with contextlib.suppress(Exception):
                 self.envs.pop().close()
@@ -795,8 +797,8 @@ class Multiprocessing(Serial):
     def __init__(self, env_fns: Sequence[Callable], num_workers: int | None = None, batch_size: int | None = None,
                  zero_copy: bool = True, context: str | None = None, infos: str = "final"):
         self._lines, self._looked, self._waited = [], time.perf_counter(), 0.0
-        finalize = multiprocessing.util.Finalize  # runs at the end of this process too, but not of its forks
-        self.close_extras = finalize(self, _shut_down, [self._lines], exitpriority=1)
+        shut_down = multiprocessing.util.Finalize(self, _shut_down, [self._lines], exitpriority=1)
+        self.close_extras = lambda **_: shut_down()  # at the end of this process too, but not of its forks
         self._divide(env_fns, num_workers, batch_size, zero_copy, infos)
         context, is_main = multiprocessing.get_context(context), threading.current_thread() is threading.main_thread()
         control, self._bell = context.RawArray("B", CACHE_LINE * self.num_workers), context.Semaphore(0)

@@ -508,6 +508,28 @@ def counted():
     return gymnasium.wrappers.RecordEpisodeStatistics(Counter(3))
 
 
+class EpisodeStatus(Counter):
+    """Counts nothing, though its name begins as that of a wrapper that does."""
+
+
+class Written(Counter):
+    """Can be read, if it is made for that."""
+
+    metadata = {"render_modes": ["ansi"], "render_fps": 5}
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.render_mode = render_mode
+
+    def render(self):
+        return f"step {self.steps}"
+
+
+def drawn(render_mode=None):
+    """An environment that can be watched, made by a function."""
+    return gymnasium.make("CartPole-v1", render_mode=render_mode)
+
+
 def flat():
     """An environment that is made flat too early."""
     return puffer_core.GymnasiumPufferEnv(Nested())

@@ -183,10 +183,14 @@ def test_attributes_are_set_on_the_env_that_has_them():
     assert env.step(np.ones(3, int))[3].all()
 
 
-def test_attributes_of_a_real_pettingzoo_env_can_be_set():
+def test_attributes_of_a_real_pettingzoo_env_can_be_set_and_read():
     simple_spread = pytest.importorskip("mpe2.simple_spread_v3")
     env = PettingZooPufferEnv(simple_spread.parallel_env())  # which is AEC, behind several wrappers
     env.set_wrapper_attr("max_cycles", 2)
+    env.set_wrapper_attr("newcomer", 7)
+    assert (env.get_wrapper_attr("max_cycles"), env.get_wrapper_attr("newcomer")) == (2, 7)
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        env.get_wrapper_attr("nothing_like_it")
     env.reset(seed=1)
     assert not env.step(np.ones(3, int))[3].any() and env.step(np.ones(3, int))[3].all()
 

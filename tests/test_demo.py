@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import cv2
 import gymnasium
@@ -29,7 +30,7 @@ from test_scripts import running_in_group
 import demo
 import puffer_core
 import vanilla_ppo_atari
-from tests.envs import Blind
+from tests.envs import Blind, Counter, Written
 
 torch.set_num_threads(1)
 
@@ -386,6 +387,54 @@ def test_an_env_that_is_flat_already_keeps_its_structure():
     assert isinstance(env, puffer_core.EpisodeStats) and isinstance(env.observation_space, spaces.Dict)
 
 
+@pytest.mark.parametrize("shape, kind", [
+    ((36, 36, 1), "images"), ((3, 40, 40), "images"), ((4, 36, 50), "images"),
+    ((36, 35, 1), "discrete"), ((48, 16, 48), "discrete"), ((50, 30, 36), "discrete"), ((4, 20, 20), "discrete"),
+])  # fmt: skip
+def test_what_the_convolutions_cannot_take_is_no_image(shape, kind):
+    layout = puffer_core.Layout(spaces.Box(0, 255, shape, np.uint8))
+    assert demo.kind_of(layout.space) == kind
+    policy = demo.Policy(layout, spaces.Discrete(2), demo.Args(hidden_size=8))
+    seen = torch.zeros(2, 1, *shape, dtype=torch.uint8)
+    assert policy(seen, torch.zeros(2, 16), torch.zeros(2, 1, dtype=torch.bool))[3].shape == (2, 1)
+
+
+def test_an_env_that_knows_no_render_mode_is_made():
+    gymnasium.register("Plain-v0", entry_point=lambda: Counter(3))
+    for render in (False, True):
+        assert demo.make_env("Plain-v0", render).render_mode is None
+
+
+@pytest.mark.parametrize("env_id, mode", {
+    "CartPole-v1": "rgb_array", "envs:drawn": "rgb_array", "Written-v0": "ansi", "envs:counted": None,
+}.items())  # fmt: skip
+def test_an_env_is_made_to_draw_itself_as_it_can(env_id, mode):
+    if "Written-v0" not in gymnasium.registry:
+        gymnasium.register("Written-v0", entry_point=Written)
+    env = demo.make_env(env_id, render=True)
+    env.reset()
+    assert env.render_mode == mode
+    assert mode is None or np.ndim(env.render()) == {"rgb_array": 3, "ansi": 0}[mode]
+
+
+class Large(np.ndarray):
+    """An array that says it takes 256 MiB."""
+
+    nbytes = 2**28
+
+
+def test_a_recording_does_not_take_all_memory(tmp_path, monkeypatch, capsys):
+    with trainer_of("CartPole-v1") as trainer:
+        demo.save(trainer, tmp_path / "checkpoint.pt")
+    with_large_arrays = types.SimpleNamespace(**vars(np))
+    with_large_arrays.array = lambda value: np.asarray(value).view(Large)
+    monkeypatch.setattr(demo, "np", with_large_arrays)
+    ways = {"mode": "eval", "resume": str(tmp_path / "checkpoint.pt"), "eval_episodes": 1}
+    demo.evaluate(dataclasses.replace(trainer.args, **ways))
+    assert "Recorded" in capsys.readouterr().out
+    assert cv2.VideoCapture(str(tmp_path / "eval.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) in (8, 9)
+
+
 def test_steps_of_an_agent_that_is_told_dead_again_and_again_are_no_episodes():
     with trainer_of("envs:Repeater", num_envs=1) as trainer:
         while trainer.num_episodes < 6:
@@ -413,13 +462,13 @@ def test_bfloat16_is_for_large_networks_and_reads_the_weights_as_they_are():
                 assert (new - old).abs().max() > 0.001
 
 
-@pytest.mark.parametrize("name", ["counted", "OddInfos"])
+@pytest.mark.parametrize("name", ["counted", "OddInfos", "EpisodeStatus"])
 def test_episodes_are_counted_once_whatever_infos_say(name):
     with trainer_of(f"envs:{name}", num_envs=2) as trainer:
         while trainer.num_episodes < 4:
             trainer.act()
     assert trainer.episode["l"] == 3 and len(trainer.returns) == trainer.num_episodes
-    assert name == "counted" or trainer.episode["0"] == 3
+    assert name != "OddInfos" or trainer.episode["0"] == 3
 
 
 # -------------------------------------------------------------------------------------- updates, checkpoints, logging
@@ -1045,6 +1094,14 @@ def out_of_order(env):
     if np.isnan(env.seen).any():
         raise ValueError("out of order")
     return env.seen
+
+
+def test_a_sweep_in_which_no_episode_ends_has_no_best_trial(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = "--mode sweep --env-id CliffWalking-v1 --vec serial --num-envs 2 --num-steps 4 --total-timesteps 8 --quiet"
+    args = tyro.cli(demo.Args, args=[*flags.split(), "--num-minibatches", "1", "--sweep-trials", "1", "--no-cuda"])
+    with pytest.raises(SystemExit, match="--sweep-trials 1: expected one that does not fail, and ends episodes"):
+        demo.sweep(args, demo.prepare(args))
 
 
 @pytest.mark.parametrize("failing, observe", [(1, Blind._observation), (2, Blind._observation), (1, out_of_order)])

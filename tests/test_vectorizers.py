@@ -1247,6 +1247,14 @@ def test_serial_constructs_and_closes_every_env_once(tmp_path):
     assert events == [f"{event} {name}" for event in ("closed", "constructed") for name in range(3)]
 
 
+@backends
+def test_closing_takes_what_gymnasiums_own_takes(backend):
+    envs = backend([Counter] * 2)
+    envs.reset()
+    envs.close(timeout=1, terminate=True)
+    assert envs.closed and not multiprocessing.active_children()
+
+
 def test_serial_closes_what_it_has_when_a_constructor_fails(tmp_path):
     path = str(tmp_path / "events")
     with pytest.raises(ZeroDivisionError, match="constructor"):
