@@ -269,8 +269,8 @@ class Policy(nn.Module):
     def for_envs(self, actions: torch.Tensor) -> np.ndarray:
         """Turn actions `(batch, parts)` into those that the environments take."""
         values = self.center + self.radius * actions.cpu().numpy()
-        if self.is_continuous and self.action_space.dtype.kind != "f":  # a cast would wrap around and cut off
-            values = values.round().clip(self.action_space.low.ravel(), self.action_space.high.ravel())
+        if self.is_continuous and (box := self.action_space).dtype.kind != "f":  # a cast would wrap around and cut off
+            values = values.clip(box.low.ravel(), np.nextafter(box.high.ravel() * 1.0, 0)).round()  # 2**63 is no int64
         return values.reshape(len(values), *self.action_space.shape).astype(self.action_space.dtype)
 
 
@@ -427,7 +427,7 @@ class Trainer:
 
     def count_episodes(self, batch: puffer_core.Batch, acted: np.ndarray) -> None:
         """Keep statistics of episodes that have ended: of whole games from infos, of a team's agents from rewards."""
-        self.team_sums[:, self.rows] += acted * (batch.rewards, batch.masks)
+        self.team_sums[:, self.rows] += np.where(acted, (batch.rewards, acted), 0)  # others' rewards may be NaN
         infos = {} if self.is_team else batch.infos.get("final_info", {})
         ended = acted & (batch.terminations | batch.truncations) if self.is_team else infos.get("_episode", False)
         for at in np.flatnonzero(ended):
@@ -485,13 +485,14 @@ class Trainer:
             self.optimizer.param_groups[0]["lr"] = args.learning_rate * left
             sums[6], sequences = index.numel(), index.view(-1, experience.horizon)
             sequences = sequences[experience.trainable[sequences].any(1)]
+            parts = args.num_minibatches if WORLD_SIZE > 1 else min(args.num_minibatches, max(1, len(sequences)))
             for _ in range(args.update_epochs):
-                for chosen in torch.randperm(len(sequences)).to(self.device).tensor_split(args.num_minibatches):
+                for chosen in torch.randperm(len(sequences)).to(self.device).tensor_split(parts):
                     sums[:6] += self.learn(sequences[chosen])
             distributed.all_reduce(sums) if distributed.is_initialized() else None
             index = index[experience.trainable[index]]
             errors, returns = [part[index].var(0, False) for part in (experience.advantages, experience.returns)]
-            means = [*sums[:6] / (args.update_epochs * args.num_minibatches), 1 - errors / returns]
+            means = [*sums[:6] / (args.update_epochs * parts), 1 - errors / returns]
             names = "policy_loss value_loss entropy old_approx_kl approx_kl clipfrac explained_variance"
             self.losses, self.iteration = dict(zip(names.split(), torch.stack(means).tolist())), self.iteration + 1
             self.learned += int(sums[6])  # which ends a run, as ranks and first-ready updates differ in size
@@ -648,7 +649,7 @@ def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) 
         print(f"Saved {path}: --resume goes on with it, --mode eval --resume plays it")
     if trainer.stopping:
         raise SystemExit(130)
-    return float(np.mean(trainer.returns)) if trainer.returns else -np.inf
+    return float(np.mean(trainer.returns)) if trainer.returns else np.nan
 
 
 def evaluate(args: Args) -> None:
@@ -704,8 +705,7 @@ def sweep(args: Args, chosen: list[str]) -> None:
         return train(dataclasses.replace(args, **drawn), report)
 
     study.optimize(objective, n_trials=max(args.sweep_trials - num_ended, 0), catch=Exception)  # NaN, for one
-    values = [trial.value for trial in study.trials if trial.values]
-    args.expect("sweep_trials", np.isfinite(values).any(), "one that does not fail, and ends episodes")
+    args.expect("sweep_trials", any(trial.values for trial in study.trials), "one that does not fail but ends episodes")
     optuna.visualization.matplotlib.plot_optimization_history(study).figure.savefig(folder / "history.png")
     found = " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in study.best_params.items())
     print(f"Best of {len(study.trials)} trials, see {folder}/history.png: return {study.best_value:.4g} with {found}")
@@ -716,11 +716,11 @@ def autotune(args: Args, chosen: list[str]) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     counts = sorted({8, 4 * cores, 16 * cores, 64 * cores}) if "num_envs" in chosen else [args.num_envs]
     pools = [(count, workers) for count in counts for workers in {cores + cores % 2, 2 * cores} if count % workers == 0]
-    ways = [f"--vec serial --num-envs {count}" for count in counts if count <= 32 or len(counts) == 1]
+    ways = [f"--vec serial --env-batch-size 0 --num-envs {one}" for one in counts if one <= 32 or len(counts) == 1]
     args, results, deadline = dataclasses.replace(args, env_batch_size=0, zero_copy=True), [], time.perf_counter() + 50
     for count, workers in pools:  # an even number of workers, so that half of them is some
-        pool = f"--vec multiprocessing --num-envs {count} --num-workers {workers}"
-        ways += [pool, f"{pool} --env-batch-size {count // 2}", f"{pool} --env-batch-size {count // 2} --no-zero-copy"]
+        pool = f"--vec multiprocessing --num-envs {count} --num-workers {workers} --env-batch-size"
+        ways += [f"{pool} 0 --zero-copy", f"{pool} {count // 2} --zero-copy", f"{pool} {count // 2} --no-zero-copy"]
     for way in (way for way in ways if time.perf_counter() < deadline):
         with (trainer := Trainer(tyro.cli(Args, args=[*way.split(), "--num-steps", "8"], default=args))).envs:
             trainer.start()

@@ -1,5 +1,6 @@
 """One wrapper for the games of NLE and MiniHack: seeds them, leaves out work that nobody sees, and draws them."""
 
+import weakref
 from typing import Any
 
 import gymnasium
@@ -18,14 +19,15 @@ class NetHackWrapper(gymnasium.Wrapper):
 
     At every step MiniHack has the game describe all 1,659 places of the map in words, and copies these 133 kB and all
     else twice, for the rewards of a few tasks. Where neither the observation space nor a reward manager nor a method of
-    the task's own may read that, it is left out: a step of MiniHack-River takes 0.4 times as long. Observations,
-    rewards and ends are the same, but in games that describing itself changes: of 600 random steps, one seed in eight
-    took another turn in River-MonsterLava and one in CorridorBattle, none in River. For MiniHack's
-    `get_screen_description` and the like, or for exactly its games, ask for the words:
-    `gymnasium.make(..., observation_keys=(..., "screen_descriptions"))`.
+    the task may read that, it is left out: a step of MiniHack-River takes 0.4 times as long. Observations, rewards and
+    ends are the same, but in games that describing itself changes: of 600 random steps, one seed in eight took another
+    turn in River-MonsterLava and one in CorridorBattle, none in River. For MiniHack's `get_screen_description` and the
+    like, or for exactly its games, ask for the words: `gymnasium.make(..., observation_keys=(...,
+    "screen_descriptions"))`. Tasks of your own that define more than a constructor are left as they are.
 
     Raises:
         TypeError: the environment is none of NLE's or MiniHack's, or one that must not be seeded.
+        RuntimeError: the environment has been reset before.
     """
 
     def __init__(self, env: gymnasium.Env):
@@ -37,26 +39,33 @@ class NetHackWrapper(gymnasium.Wrapper):
         super().__init__(env)
         self.metadata, self._frame = {**env.metadata, "render_fps": 5}, None  # NLE says 42: too quick to follow
         nle, game = env.unwrapped, env.unwrapped.nethack
-        # A task's own methods may read anything: KeyRoom's `step` the words, Sokoban's reward the map before the step.
+        # Other methods may read anything: KeyRoom's `step` the words, Sokoban's reward the map before the step.
+        kinds = type(nle).__mro__[: type(nle).__mro__.index(NLE)]
+        foreign = [kind for kind in kinds if not kind.__module__.startswith(("minihack.", "nle."))]
+        is_foreign = any(not name.startswith("__") for kind in foreign for name in vars(kind))
         own = {name for name in METHODS if getattr(type(nle), name, NLE).__module__ not in MODULES}
-        if "step" in own or getattr(nle, "reward_manager", None) is not None:
+        if is_foreign or "step" in own or getattr(nle, "reward_manager", None) is not None:
             return
-        if not any(key.startswith("screen_descriptions") for key in env.observation_space):
+        if not any(key.startswith("screen_descriptions") for key in nle.observation_space):
             buffers = {key: buffer for key, buffer in game._obs_buffers.items() if key != "screen_descriptions"}
             game._pynethack.set_buffers(**buffers)  # all that the game fills
-            game._obs = tuple(buffers.get(key, buffer[:0]) for key, buffer in game._obs_buffers.items())
+            game._obs = tuple(buffers.get(key, game._obs_buffers[key][:0]) for key in nle._observation_keys)
         if not own:
             self._leave_out_copies(nle, game._obs)
 
     @staticmethod
     def _leave_out_copies(nle: NLE, arrays: tuple) -> None:
         """Before a step, NLE and MiniHack copy all arrays, one by one, and their rewards compare two of them."""
-        compared, step = (nle._blstats_index, nle._internal_index), nle.step
+        compared, step = (nle._blstats_index, nle._internal_index), type(nle).step
         before = [array if index in compared else [] for index, array in enumerate(arrays)]
+        weak = weakref.ref(nle)  # a game that refers to itself would not close when nobody else does
 
         def step_with_two(action: int) -> tuple:
-            nle.last_observation = before
-            return step(action)
+            (nle := weak()).last_observation = before
+            try:
+                return step(nle, action)
+            finally:
+                nle.last_observation = arrays
 
         nle.step = step_with_two
         if not any("crop" in key or "pixel" in key for key in nle.observation_space):
@@ -64,14 +73,14 @@ class NetHackWrapper(gymnasium.Wrapper):
             nle._get_observation = lambda _: dict(observation)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        """Start a game; all games from one seed to the next follow from it. NLE itself would ignore the seed."""
+        """Start a game; all games from one seed to the next follow from it, but for what MiniHack's `seeds` say."""
         gymnasium.Env.reset(self.unwrapped, seed=seed)
         self.unwrapped.seed(*self.np_random.integers(2**63, size=2).tolist())
         return self.env.reset(options=options)
 
     def render(self) -> Any:
         """Draw the game: as an array of its own ("pixel"), or as the terminal's text in colors ("ansi")."""
-        if self.render_mode == "ansi":
+        if self.render_mode == "ansi" and set(SCREEN_KEYS) <= set(self.unwrapped._observation_keys):
             seen = dict(zip(self.unwrapped._observation_keys, self.unwrapped.last_observation))
             return nethack.tty_render(*[seen[key] for key in SCREEN_KEYS]).strip("\n")
         frame = self.env.render()

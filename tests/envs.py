@@ -535,6 +535,14 @@ def flat():
     return puffer_core.GymnasiumPufferEnv(Nested())
 
 
+class Unpaid(FloatTeam):
+    """Says that whoever is not there earns NaN."""
+
+    def step(self, actions):
+        observations, rewards, *rest = super().step(actions)
+        return observations, dict.fromkeys(self.possible_agents, np.nan) | rewards, *rest
+
+
 class Repeater(FloatTeam):
     """The first agent dies at the first step, and is told so at each step that follows."""
 

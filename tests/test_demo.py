@@ -322,6 +322,17 @@ def test_actions_of_an_integer_box_are_rounded_and_kept_in_range():
     assert actions.dtype == np.uint8 and actions.tolist() == [[0, 64], [191, 255]]
 
 
+@pytest.mark.parametrize("space", [
+    spaces.Box(-(2**63), 2**63 - 1, (1,), np.int64), spaces.Box(0, 2**64 - 1, (1,), np.uint64),
+    spaces.Box(-128, 127, (1,), np.int8), spaces.Box(-9, -3, (1,), np.int16), spaces.Box(0, 3, (1,), np.int64),
+], ids=str)  # fmt: skip
+def test_the_highest_integer_does_not_wrap_around(space):
+    policy = demo.Policy(puffer_core.Layout(spaces.Box(-1, 1, (3,))), space, demo.Args(hidden_size=8))
+    low, high = [int(one) for one in policy.for_envs(torch.tensor([[-1.5], [1.5]]))[:, 0]]
+    assert low == space.low and 0 <= int(space.high[0]) - high < 2**12
+    assert high == space.high or space.high > 2**53
+
+
 def test_a_small_network_has_one_thread_unless_told_otherwise(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     try:
@@ -752,6 +763,45 @@ def test_as_many_episodes_are_played_as_asked_for(env_id, episodes, tmp_path, ca
     assert 0 <= played - episodes * num_agents < num_agents  # some may end in the same step
 
 
+@pytest.mark.parametrize("name", ["FloatTeam", "Unpaid"])
+def test_returns_of_agents_are_summed_whatever_the_absent_earn(name):
+    with trainer_of(f"envs:{name}", num_envs=1) as trainer:
+        while trainer.num_episodes < 8:
+            trainer.act()
+    assert list(trainer.returns)[:4] == [21.0, 50.0, 24.0, 67.0]
+
+
+def test_the_step_of_dying_counts_without_a_last_observation_too():
+    with trainer_of("envs:Silent", num_envs=1) as trainer:
+        lengths, count_episodes = [], trainer.count_episodes
+
+        def count_and_note(batch, acted):
+            sums, count = trainer.team_sums.copy(), trainer.num_episodes
+            count_episodes(batch, acted)
+            if trainer.num_episodes > count:
+                ended = acted & (batch.terminations | batch.truncations)
+                lengths.extend((sums[1] + 1)[ended].tolist())
+                assert trainer.episode["l"] == lengths[-1]
+
+        trainer.count_episodes = count_and_note
+        while trainer.num_episodes < 6:
+            trainer.act()
+    assert lengths[:6] == [1, 2, 3, 1, 1, 2]  # as its scripts say
+
+
+def test_an_update_learns_from_no_empty_minibatch():
+    ways = {"vec": "multiprocessing", "num_workers": 2, "env_batch_size": 1, "num_minibatches": 2}
+    memory = {"use_lstm": True, "num_steps": 4, "bptt_horizon": 4}
+    with trainer_of("envs:OneSlow", num_envs=2, **ways, **memory) as trainer:
+        sizes, learn = [], trainer.learn
+        trainer.learn = lambda index: (sizes.append(len(index)), learn(index))[1]
+        for _ in range(4):
+            trainer.collect()
+            trainer.update()
+            assert trainer.losses["entropy"] > 0.8 * np.log(2)  # the mean of as many as there were
+    assert min(sizes) == 1 and len(sizes) < 4 * 2 * trainer.args.update_epochs
+
+
 @pytest.mark.parametrize("num_steps", [4, 1])
 def test_minibatches_of_one_sequence_or_none_leave_the_weights_finite(num_steps):
     """Where one environment is slow, an update may have a single segment of the other: less than it has minibatches."""
@@ -1100,7 +1150,7 @@ def test_a_sweep_in_which_no_episode_ends_has_no_best_trial(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     flags = "--mode sweep --env-id CliffWalking-v1 --vec serial --num-envs 2 --num-steps 4 --total-timesteps 8 --quiet"
     args = tyro.cli(demo.Args, args=[*flags.split(), "--num-minibatches", "1", "--sweep-trials", "1", "--no-cuda"])
-    with pytest.raises(SystemExit, match="--sweep-trials 1: expected one that does not fail, and ends episodes"):
+    with pytest.raises(SystemExit, match="--sweep-trials 1: expected one that does not fail but ends episodes"):
         demo.sweep(args, demo.prepare(args))
 
 

@@ -1,7 +1,9 @@
 """The NetHack wrapper on the real games: what it leaves out changes nothing that anybody sees, and saves time."""
 
 import copy
+import gc
 import time
+import weakref
 
 import gymnasium
 import numpy as np
@@ -173,21 +175,85 @@ def test_a_wrapper_inside_sees_the_whole_last_observation():
     env.close()
 
 
-def test_what_a_task_of_its_own_reads_is_kept():
-    """A reward that compares arrays which those of NLE and MiniHack do not."""
+class Named(MiniHackRiver):
+    """A task of one's own that defines no method: one of MiniHack's, with other settings."""
 
-    class Moved(MiniHackRiver):
-        def _reward_fn(self, last_observation, action, observation, end_status):
-            cursor = self._observation_keys.index("tty_cursor")
-            return (last_observation[cursor] != observation[cursor]).any()
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, max_episode_steps=20, **kwargs)
 
-    env = NetHackWrapper(Moved(observation_keys=KEYS))
-    cursor, moves = env.reset(seed=1)[0]["tty_cursor"].copy(), 0
-    for action in range(8):
-        observation, reward, *_ = env.step(action)
-        assert reward == (observation["tty_cursor"] != cursor).any()
-        cursor, moves = observation["tty_cursor"].copy(), moves + reward
-    assert moves
+
+class Moved(MiniHackRiver):
+    """Rewards a cursor that moves, and tells how many glyphs differ from those before the step."""
+
+    def _reward_fn(self, last_observation, action, observation, end_status):
+        cursor = self._observation_keys.index("tty_cursor")
+        return (last_observation[cursor] != observation[cursor]).any()
+
+    def _get_information(self, end_status):
+        changed = 0 if self._previous_obs is None else (self._previous_obs[0] != self.last_observation[0]).sum()
+        return super()._get_information(end_status) | {"changed": changed}
+
+
+class Wordy(MiniHackRiver):
+    """Ends when the screen shows a boulder, by its words."""
+
+    def _get_end_status(self, observation, done):
+        return super()._get_end_status(observation, done or self.screen_contains("boulder"))
+
+
+@pytest.mark.parametrize("task", [Named, Moved, Wordy])
+def test_tasks_of_ones_own_read_what_they_like(task):
+    ours, bare = (wrapper(task(observation_keys=KEYS, fix_moon_phase=True)) for wrapper in (NetHackWrapper, OnlySeeded))
+    assert_same(ours.reset(seed=3)[0], bare.reset(seed=3)[0])
+    for action in np.random.default_rng(0).integers(8, size=60).tolist():
+        observation, *rest = ours.step(action)
+        expected, *expected_rest = bare.step(action)
+        assert_same(observation, expected)
+        assert rest == expected_rest
+        if rest[1] or rest[2]:
+            assert_same(ours.reset()[0], bare.reset()[0])
+    seen = dict(zip(ours.unwrapped._observation_keys, ours.unwrapped.last_observation))
+    assert (seen["screen_descriptions"].size == 0) == (task is Named)
+    ours.close(), bare.close()
+
+
+def test_a_step_that_fails_leaves_the_game_to_look_at():
+    env = make(NetHackWrapper, "MiniHack-River-v0", render_mode="ansi")
+    env.reset(seed=1)
+    before = env.render()
+    with pytest.raises(IndexError):
+        env.unwrapped.step(999)
+    assert env.render() == before
+    env.close()
+
+
+def test_a_game_that_nobody_holds_is_gone():
+    env = make(NetHackWrapper, "MiniHack-River-v0")
+    env.reset(seed=1)
+    env.step(0)
+    gone = weakref.ref(env.unwrapped)
+    gc.disable()
+    try:
+        del env
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_words_are_kept_for_wrappers_inside_too():
+    inner = gymnasium.make("MiniHack-River-v0", observation_keys=("chars", "screen_descriptions"))
+    env = NetHackWrapper(gymnasium.wrappers.FilterObservation(inner, ["chars"]))
+    env.reset(seed=1)
+    seen = dict(zip(env.unwrapped._observation_keys, env.unwrapped.last_observation))
+    assert seen["screen_descriptions"].any()
+    env.close()
+
+
+def test_any_keys_can_be_asked_for_and_drawn():
+    env = make(NetHackWrapper, "NetHackScore-v0", ("chars", "chars", "colors", "blstats"), render_mode="ansi")
+    observation, _ = env.reset(seed=1)
+    assert observation["chars"].any() and "@" in env.render()
+    env.step(0)
     env.close()
 
 
