@@ -19,10 +19,10 @@ class NetHackWrapper(gymnasium.Wrapper):
 
     At every step MiniHack has the game describe all 1,659 places of the map in words, and copies these 133 kB and all
     else twice, for the rewards of a few tasks. Where neither the observation space nor a reward manager nor a method of
-    the task may read that, it is left out: a step of MiniHack-River takes less than half as long. Observations, rewards and
-    ends are the same, but in games that describing itself changes: of 600 random steps, one seed in eight took another
-    turn in River-MonsterLava and one in CorridorBattle, none in River. For MiniHack's `get_screen_description` and the
-    like, or for exactly its games, ask for the words: `gymnasium.make(..., observation_keys=(...,
+    the task may read that, it is left out: a step of MiniHack-River takes less than half as long. Observations, rewards
+    and ends are the same, but in games that describing itself changes: of 600 random steps, one seed in eight took
+    another turn in River-MonsterLava and one in CorridorBattle, none in River. For MiniHack's `get_screen_description`
+    and the like, or for exactly its games, ask for the words: `gymnasium.make(..., observation_keys=(...,
     "screen_descriptions"))`. Tasks of your own that define more than a constructor are left as they are.
 
     Raises:
