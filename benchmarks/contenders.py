@@ -246,7 +246,10 @@ class Contender(NamedTuple):
 
 
 def _sync(case: Case, **settings: Any) -> list[dict]:
-    """As many workers as there are cores, or the most below that split a case; or one, if that is quick to make."""
+    """As many workers as there are cores, or the most below that split a case; or one, if that is quick to make.
+
+    PufferLib (`overwork`) may always take one: by the sweeps, more of its workers are slower.
+    """
     mosts = [CORES, 2 * CORES, 4 * CORES] if CORES > 4 else [CORES]  # on two cores more only lose, see the sweeps
     counts = [max(count for count in range(1, most + 1) if case.num_envs % count == 0) for most in mosts]
     counts += [1] if case.environment.seconds < 0.1 or "overwork" in settings else []

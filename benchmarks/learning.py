@@ -80,7 +80,7 @@ def learn(task: Task, seed: int) -> dict[str, Any]:
     flags = [*task.flags.split(), "--seed", str(seed), "--quiet"]
     flags += [] if task.goal is None else ["--target-return", str(task.goal)]
     with tempfile.TemporaryDirectory() as folder:
-        paths = os.pathsep.join([str(records.ROOT), os.environ.get("PYTHONPATH", "")])
+        paths = os.pathsep.join([str(records.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         command = [sys.executable, "-W", "ignore", str(records.ROOT / "demo.py"), *flags]
         start, environment = time.time(), {**os.environ, "PYTHONPATH": paths}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
