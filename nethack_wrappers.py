@@ -10,7 +10,7 @@ from nle.env.tasks import NetHackChallenge
 
 SCREEN_KEYS = ("tty_chars", "tty_colors", "tty_cursor")
 # What a step is made of, and the modules whose methods are known here
-METHODS = ("step", "_is_episode_end", "_reward_fn", "_get_time_penalty", "_get_observation")
+METHODS = ("step", "_is_episode_end", "_reward_fn", "_get_time_penalty", "_get_observation", "_get_information")
 MODULES = ("minihack.base", "nle.env.base", "nle.env.tasks")
 
 
@@ -55,19 +55,22 @@ class NetHackWrapper(gymnasium.Wrapper):
 
     @staticmethod
     def _leave_out_copies(nle: NLE, arrays: tuple) -> None:
-        """Before a step, NLE and MiniHack copy all arrays, one by one, and their rewards compare two of them."""
-        compared, step = (nle._blstats_index, nle._internal_index), type(nle).step
+        """Before a step, NLE copies all arrays, one by one, and its rewards compare two of them."""
+        compared, tell = (nle._blstats_index, nle._internal_index), type(nle)._get_information
         before = [array if index in compared else [] for index, array in enumerate(arrays)]
         weak = weakref.ref(nle)  # a game that refers to itself would not close when nobody else does
 
         def step_with_two(action: int) -> tuple:
             (nle := weak()).last_observation = before
             try:
-                return step(nle, action)
+                return NLE.step(nle, action)  # MiniHack's own copies all once more, for the reward manager
             finally:
                 nle.last_observation = arrays
 
-        nle.step = step_with_two
+        def ask_at_the_end(status: NLE.StepStatus) -> dict:  # 2.4 us; while a game goes on, NLE tells of the last one
+            return tell(weak(), status) if status else {"end_status": status, "is_ascended": False}
+
+        nle.step, nle._get_information = step_with_two, ask_at_the_end
         if not any("crop" in key or "pixel" in key for key in nle.observation_space):
             observation = nle._get_observation(arrays)  # the same arrays after every step
             nle._get_observation = lambda _: dict(observation)

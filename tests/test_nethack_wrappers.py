@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 from minihack.envs.river import MiniHackRiver
+from nle import nethack
 
 from nethack_wrappers import NetHackWrapper
 
@@ -102,6 +103,16 @@ def test_steps_take_less_time():
     ours, bare = np.median(spent, axis=0)
     print(f"\na step takes {ours / 50 * 1e6:.0f} us, of the bare environment {bare / 50 * 1e6:.0f} us")
     assert ours < 0.6 * bare
+
+
+def test_who_ascended_is_asked_when_a_game_is_over(monkeypatch):
+    env = NetHackWrapper(MiniHackRiver(observation_keys=KEYS, max_episode_steps=3))
+    env.reset(seed=1)
+    monkeypatch.setattr(env.unwrapped.nethack, "how_done", lambda: nethack.ASCENDED)
+    told = [env.step(0)[4] for _ in range(3)]
+    assert [info["is_ascended"] for info in told] == [False, False, True]
+    assert [int(info["end_status"]) for info in told] == [0, 0, -1]
+    env.close()
 
 
 def test_frames_are_not_drawn_over():
