@@ -2,15 +2,20 @@
 
 import copy
 import gc
+import os
+import sys
 import time
 import weakref
+from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
 from minihack.envs.river import MiniHackRiver
 from nle import nethack
+from nle.nethack.nethack import DLPATH
 
+import nethack_wrappers
 from nethack_wrappers import NetHackWrapper
 
 KEYS = ("glyphs", "chars", "colors", "specials", "blstats", "message", "tty_chars", "tty_colors", "tty_cursor")
@@ -113,6 +118,58 @@ def test_who_ascended_is_asked_when_a_game_is_over(monkeypatch):
     assert [info["is_ascended"] for info in told] == [False, False, True]
     assert [int(info["end_status"]) for info in told] == [0, 0, -1]
     env.close()
+
+
+def has_code_of_its_own(env):
+    inode = f" {os.fstat(env.unwrapped.nethack._dl.fileno()).st_ino} "
+    return any(inode in line and "r-xp" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every game keeps its code")
+def test_games_of_a_process_run_the_same_code_but_no_other(monkeypatch, tmp_path):
+    monkeypatch.setattr(nethack_wrappers, "GAMES", weakref.WeakSet())  # whatever other tests have left
+    bare, *games = [make(wrapper, "MiniHack-River-v0") for wrapper in (OnlySeeded, *[NetHackWrapper] * 3)]
+    first, _ = bare.reset(seed=2)
+    for game in games:
+        assert_same(game.reset(seed=2)[0], first)
+        assert has_code_of_its_own(game)  # as they are few
+    games.append(make(NetHackWrapper, "MiniHack-River-v0"))
+    for _ in range(3):  # as the library is loaded anew at every reset
+        for game in games:
+            assert_same(game.reset(seed=2)[0], first)
+            assert not has_code_of_its_own(game)
+    upgraded = tmp_path / "libnethack.so"
+    upgraded.write_bytes(bytes(os.stat(DLPATH).st_size))
+    with upgraded.open("rb") as file:
+        monkeypatch.setattr(nethack_wrappers, "LIBRARY", file.fileno())
+        games.append(make(NetHackWrapper, "MiniHack-River-v0"))
+        assert_same(games[-1].reset(seed=2)[0], first)
+        assert has_code_of_its_own(games[-1]) and has_code_of_its_own(bare)
+    for game in (bare, *games):
+        game.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every game keeps its code")
+def test_many_games_are_faster_with_the_same_code():
+    games = [[make(NetHackWrapper, "MiniHack-River-v0") for _ in range(16)] for _ in range(2)]
+    for game in games[1]:
+        game._code = (0, 0, 0)
+    for game in (*games[0], *games[1]):
+        game.reset(seed=1)
+    assert [has_code_of_its_own(game) for game in (games[0][0], games[1][0])] == [False, True]
+    spent = np.zeros((20, 2))
+    for turn in range(len(spent)):
+        for index in range(2):
+            start = time.process_time()
+            for step in range(10):  # fewer than end an episode
+                for game in games[index]:
+                    game.step(step % 8)
+            spent[turn, index] = time.process_time() - start
+    ratio = np.median(spent[:, 1] / spent[:, 0])
+    print(f"\n16 games in turn are {ratio:.2f} times as fast with the same code")
+    assert ratio > 1
+    for game in (*games[0], *games[1]):
+        game.close()
 
 
 def test_frames_are_not_drawn_over():
