@@ -21,7 +21,7 @@ FRAME_SKIP, STACK_SIZE, SCREEN_SIZE = 4, 4, 84
 class AtariWrapper(gymnasium.Wrapper):
     """Fuses no-op start, FIRE start, frame skip, max-pooling, resizing, stacking, life episodes and sign rewards.
 
-    It drives the emulator itself, since `AtariEnv.step` copies a colour screen each frame that nobody looks at, and so
+    It drives the emulator itself, since `AtariEnv.step` copies a color screen each frame that nobody looks at, and so
     steps over what gymnasium.make puts around it: `max_episode_steps` becomes the emulator's limit on frames a game.
 
     - `reset()` right after a lost life goes on with the same game; any other `reset` starts a new one.
@@ -32,7 +32,7 @@ class AtariWrapper(gymnasium.Wrapper):
 
     Args:
         env: What gymnasium.make returns for a `*NoFrameskip-v4` id, or an `ALE/*-v5` id with `frameskip=1`. TypeError:
-            it is no Atari environment, or a wrapper sits between; ValueError: its settings cannot be honoured.
+            it is no Atari environment, or a wrapper sits between; ValueError: its settings cannot be honored.
         noop_max: A new game starts with 1 to `noop_max` no-op frames; 0 means none. ValueError: it is negative.
     """
 

@@ -39,28 +39,28 @@ WORLD_SIZE, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RAN
 # ---------------------------------------------------------------------------------------------------------- arguments
 @dataclasses.dataclass
 class Args:
-    """Train an agent on any environment; watch one play; search hyperparameters; find the fastest way to step."""
+    """Train, play, search hyperparameters or measure speed. A default of None depends on the kind of environment."""
     mode: Literal["train", "eval", "sweep", "autotune"] = "train"  # train, play, search hyperparameters, measure speed
     env_id: str = "BreakoutNoFrameskip-v4"  # a Gymnasium id, pettingzoo:MODULE, or MODULE:FUNCTION that returns one
     seed: int = 1  # seed of the network, of the actions and (plus its index) of every environment
     total_timesteps: int = 10_000_000  # agent steps of the whole run, over all environments and ranks
     target_return: float = float("inf")  # stop as soon as the last 100 episodes have this mean return
     exp_name: str = "demo"  # a part of the run's name
-    resume: str | None = None  # checkpoint to go on with, or to play; its arguments hold where no flag is given
-    quiet: bool = False  # print nothing but errors, and what other modes than train are for
+    resume: str | None = None  # checkpoint to go on with, or to play; its arguments become the defaults
+    quiet: bool = False  # print only errors, and the results of eval, sweep and autotune
     vec: Literal["multiprocessing", "serial"] = "multiprocessing"  # step environments in workers, or in this process
     num_envs: int | None = None  # environments of each rank
-    num_workers: int = 0  # processes that share them, 0 for what the cores allow
+    num_workers: int = 0  # worker processes, 0 for what the cores allow
     env_batch_size: int = 0  # environments that are waited for at a time, the first that are ready; 0 for all
-    zero_copy: bool = True  # take neighbors' rows as they lie in shared memory; otherwise anyone's, copied
+    zero_copy: bool = True  # batches are blocks of neighbors, not copied; otherwise copies from any ready workers
     num_steps: int = 128  # steps of each agent that an update learns from
-    num_minibatches: int = 4  # parts that they are split into
-    update_epochs: int | None = None  # times that each is used
+    num_minibatches: int = 4  # parts that an update's steps are split into
+    update_epochs: int | None = None  # times that each step is used
     learning_rate: float | None = None  # step size of Adam, at the start
     anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end
     gamma: float | None = None  # discount of later rewards
     gae_lambda: float | None = None  # lambda of the generalized advantage estimation
-    clip_coef: float | None = None  # how far the new policy's probability ratio may pay off, either way from 1
+    clip_coef: float | None = None  # PPO's clipping range of the probability ratio, either way from 1
     clip_vloss: Annotated[bool | None, tyro.conf.arg(constructor=bool)] = None  # clip the value function's change too
     ent_coef: float | None = None  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss

@@ -61,7 +61,7 @@ class Args:
     norm_adv: bool = True
     """give the advantages of every minibatch mean 0 and deviation 1"""
     clip_coef: float = 0.1
-    """how far the new policy's probability ratio may pay off, either way from 1"""
+    """PPO's clipping range of the probability ratio, either way from 1"""
     clip_vloss: bool = True
     """clip the value function's change too"""
     ent_coef: float = 0.01

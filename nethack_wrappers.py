@@ -32,11 +32,11 @@ class NetHackWrapper(gymnasium.Wrapper):
     At every step MiniHack has the game describe all 1,659 places of the map in words, and copies these 133 kB and all
     else twice, for the rewards of a few tasks. Where neither the observation space nor a reward manager nor a method of
     the task may read that, it is left out: a step of MiniHack-River takes less than half as long. Observations, rewards
-    and ends are the same, but in games that describing itself changes: of 600 random steps, one seed in eight took
-    another turn in River-MonsterLava and one in CorridorBattle, none in River. For MiniHack's `get_screen_description`
-    and the like, or for exactly its games, ask for the words: `gymnasium.make(..., observation_keys=(...,
-    "screen_descriptions"))`. Tasks of your own that define more than a constructor are left as they are. On Linux, all
-    games run the same copy of NetHack's code, which makes many in one process faster.
+    and ends are the same, unless making the words changes the game: within 600 random steps it did so for one of eight
+    seeds in River-MonsterLava and in CorridorBattle, for none in River. For MiniHack's `get_screen_description` and the
+    like, or for exactly its games, ask for the words: `gymnasium.make(..., observation_keys=(...,
+    "screen_descriptions"))`. Tasks of your own that define more than a constructor are left as they are. On Linux, from
+    four games in a process on, all run the same copy of NetHack's code, which makes many faster.
 
     Raises:
         TypeError: the environment is none of NLE's or MiniHack's, or one that must not be seeded.
@@ -91,7 +91,7 @@ class NetHackWrapper(gymnasium.Wrapper):
             nle._get_observation = lambda _: dict(observation)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        """Start a game; all games from one seed to the next follow from it, but for what MiniHack's `seeds` say."""
+        """Start a game; a seed determines it and all games until the next seed, unless MiniHack's `seeds` are set."""
         gymnasium.Env.reset(self.unwrapped, seed=seed)
         self.unwrapped.seed(*self.np_random.integers(2**63, size=2).tolist())
         result = self.env.reset(options=options)

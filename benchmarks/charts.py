@@ -16,7 +16,7 @@ STYLE = {
     **{"axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "text.color": INK},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.spines.bottom": False, "axes.edgecolor": INK},
 }
-STEPS = "Agent steps per second, more are better"
+STEPS = "Agent steps per second, higher is better"
 Record = dict[str, Any]
 
 
@@ -165,7 +165,7 @@ def emulation(path: Path, result: Record) -> None:
     def draw(axes: Any, case: str) -> None:
         bars(axes, [record for record in result["records"] if record["case"] == case], case, places=3)
 
-    panels(path, "Microseconds a call, fewer are better", cases, 4, (3.4, 1.25), draw)
+    panels(path, "Microseconds per call, lower is better", cases, 4, (3.4, 1.25), draw)
 
 
 def training(path: Path, result: Record) -> None:
@@ -186,11 +186,11 @@ def training(path: Path, result: Record) -> None:
         axes.set_title(title, pad=12)
         axes.legend(ncols=3, frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 0.98), fontsize=9, borderpad=0)
 
-    panels(path, "Milliseconds a step of training, fewer are better", [""], 1, (9, 1.2 + 0.34 * len(rows)), draw)
+    panels(path, "Milliseconds per training step, lower is better", [""], 1, (9, 1.2 + 0.34 * len(rows)), draw)
 
 
 def learning(path: Path, result: Record) -> None:
-    """Draw the mean return over steps, a panel a task, a line a seed, and dashed what ends a run."""
+    """Draw the mean return over steps, a panel a task, one line per seed, and dashed what ends a run."""
     learned = [record for record in result["records"] if record["runs"]]
     rewarded = [record for record in learned if any(mean for run in record["runs"] for *_, mean in run["curve"])]
     by_task = {record["contender"]: record for record in rewarded or learned}  # the others are there for their speed
@@ -207,5 +207,5 @@ def learning(path: Path, result: Record) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: short(value) if value else "0")
         axes.set_title(task)
 
-    what, columns = "Mean return of the last 100 episodes, a line a seed", min(3, len(by_task))
+    what, columns = "Mean return of the last 100 episodes, one line per seed", min(3, len(by_task))
     panels(path, what, list(by_task), columns, (4, 2.6), draw)
