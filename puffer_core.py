@@ -616,13 +616,11 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         """Step the environments of the last batch with `actions`, `(agents_per_batch, *single_action_space.shape)`."""
         self._check("send")
         actions, space = np.asarray(actions), self.action_space
-        kinds = "biuf" if space.dtype.kind == "f" else "biu"  # floats may be rounded, integers stay what they are
-        fits = actions.shape == space.shape and actions.dtype.kind in kinds
-        if fits and actions.dtype != space.dtype and kinds == "biu":
-            fits = (actions.astype(space.dtype) == actions).all()
+        fits = actions.shape == space.shape and actions.dtype.kind in "biuf"
+        if fits and actions.dtype != space.dtype and space.dtype.kind != "f":  # floats may be rounded, integers not
+            fits = actions.dtype.kind != "f" and (actions.astype(space.dtype) == actions).all()
         if not fits:
-            got = f"{actions.shape} in {actions.dtype}"
-            raise APIUsageError(f"expected actions of shape {space.shape} in {space.dtype}, got {got}")
+            raise APIUsageError(f"need actions {space.shape} {space.dtype}, got {actions.shape} {actions.dtype}")
         self._actions[self._where], self._expected = actions, "async_reset"  # unless all goes well
         for worker in self._workers:
             self._request(worker, "step")
