@@ -237,9 +237,8 @@ class ActionLayout:
     def unflatten(self, flat: Any) -> Any:
         """Return a sample of the space, Box values clipped and rounded; ValueError: wrong shape, NaN, out of range."""
         try:
-            if (number := operator.index(flat)) in self.valid:  # a Discrete's: 0.2 us, where what follows takes 8
-                return self.valid[number]
-        except TypeError:  # not one integer
+            return self.valid[operator.index(flat)]  # a Discrete's: 0.2 us, where what follows takes 8
+        except (TypeError, KeyError):  # not one integer, or none of those
             pass
         values, is_box = np.asarray(flat), isinstance(self.flat_space, spaces.Box)
         fits = not np.isnan(values).any() if is_box else values.dtype.kind in "biu" and self.flat_space.contains(values)
