@@ -539,10 +539,10 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         num_envs = len(env_fns)
         if num_workers is None:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            most = min(num_envs, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # torchrun's ranks share
-            num_workers = max(count for count in range(1, most + 1) if num_envs % count == 0)
+            usable = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun's ranks share them
+            num_workers = max(count for count in range(1, usable + 1) if num_envs % count == 0)
         num_workers = operator.index(num_workers)  # NumPy's integers would do arithmetic with lists
-        if not 0 < num_workers <= num_envs or num_envs % num_workers:
+        if num_workers < 1 or num_envs % num_workers:
             raise ValueError(f"num_workers: expected a divisor of num_envs={num_envs}, got {num_workers}")
         per_worker, batch_size = num_envs // num_workers, operator.index(num_envs if batch_size is None else batch_size)
         if not 0 < batch_size <= num_envs or batch_size % per_worker or (zero_copy and num_envs % batch_size):
