@@ -212,7 +212,7 @@ class ActionLayout:
 
     Discrete, MultiDiscrete and Box pass through. Nested Box leaves become one float Box, other leaves one MultiDiscrete
     that counts from 0, whatever their `start`. TypeError: a mix of both, or a leaf that has no fixed size, by its path.
-    `valid` has a Discrete's actions by number, as its `sample` has them, unless they are too many; others' is empty.
+    `valid` has a Discrete's first 4096 actions by number, as its `sample` has them; others' is empty.
     """
 
     def __init__(self, space: spaces.Space):
@@ -223,7 +223,7 @@ class ActionLayout:
         low, high = np.concatenate([leaf.bounds for leaf in self._leaves], axis=1)
         self._ends, self._start = np.cumsum([leaf.bounds.shape[1] for leaf in self._leaves])[:-1], 0
         numbers = range(space.start, space.start + space.n) if isinstance(space, spaces.Discrete) else ()
-        self.valid = {number: space.dtype.type(number) for number in numbers} if len(numbers) < 2**12 else {}
+        self.valid = {number: space.dtype.type(number) for number in numbers[: 2**12]}
         if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.Box)):
             self.flat_space = space
         elif all(is_box.values()):
