@@ -85,7 +85,7 @@ def _plan(space: spaces.Space, path: str) -> tuple[np.dtype, list[Leaf], Callabl
     starts = [struct.fields[name][1] for name in struct.names]  # numpy decides where leaves lie
     leaves = [one._replace(start=by + one.start, stop=by + one.stop) for by, own in zip(starts, nested) for one in own]
     count, pick = len(keys), operator.itemgetter(*keys)  # one call takes 0.2 us for NetHack's nine keys, a loop 1.1 us
-    is_flat = count == builders.count(next) > 1
+    is_flat = count > 1 and all(build is next for build in builders)  # of one key, `pick` would return no tuple
 
     def read(sample: Any) -> Sequence[Any]:
         try:
@@ -165,9 +165,11 @@ class Layout:
 
         if flat is self.space:
             return write_box
-        known, ends = [(leaf.shape, leaf.bounds.dtype) for leaf in leaves], [leaf.start for leaf in leaves[1:]]
-        chunks = [part for leaf, end in zip(leaves, [*ends, row.nbytes]) for part in (b"", bytes(end - leaf.stop))]
-        arrays, target = leaves, row.reshape(-1).view(np.uint8).data  # of no sample yet
+        target, known = row.reshape(-1).view(np.uint8).data, [(leaf.shape, leaf.bounds.dtype) for leaf in leaves]
+        ends = [*[leaf.start for leaf in leaves[1:]], row.nbytes]  # of the padding behind each leaf
+        chunks = [b""] * 2 * len(leaves)  # of a row: the leaves' arrays, each followed by its padding
+        chunks[1::2] = [bytes(end - leaf.stop) for leaf, end in zip(leaves, ends)]
+        arrays = leaves  # at first something that is in no sample
 
         def write(sample: Any) -> np.ndarray:
             # Environments that refill the same arrays at every step, as NetHack does, need no second check: MiniHack's
@@ -294,7 +296,7 @@ class PettingZooPufferEnv:
     `episode_over` tells whether every agent's part has ended. TypeError: agents whose spaces differ.
     """
 
-    reset = GymnasiumPufferEnv.reset
+    reset, env = GymnasiumPufferEnv.reset, None  # until there is one: a copy that is being made asks for attributes
 
     def __init__(self, env: Any):
         if hasattr(env, "agent_iter") or not getattr(env, "possible_agents", ()):
@@ -311,14 +313,14 @@ class PettingZooPufferEnv:
         self.get_wrapper_attr = partial(getattr, self)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(env if hasattr(env := self.__dict__.get("env"), name) else self._holder(name), name)
+        return getattr(self.env if hasattr(self.env, name) else self._holder(name), name)
 
     def set_wrapper_attr(self, name: str, value: Any) -> None:
         """Set an attribute of the outermost wrapper that has it, or else of the environment inside them all."""
         setattr(self._holder(name), name, value)
 
     def _holder(self, name: str) -> Any:
-        env = inner = self.__dict__.get("env")  # while this is copied, there is none yet
+        env = inner = self.env
         while hasattr(inner, "possible_agents"):  # unlike a simulator, which may be called `env` too
             env, inner = inner, getattr(inner, "env", getattr(inner, "aec_env", None))
             if name in vars(env) or hasattr(type(env), name):
@@ -357,9 +359,10 @@ class PettingZooPufferEnv:
         self.episode_over = all(any(flag.get(agent) for flag in flags) for agent in self.env.agents)
         rewards = [_scalar(rewards.get(agent, 0.0)) for agent in self.possible_agents]
         ended, cut = [[bool(flag.get(agent)) for agent in self.possible_agents] for flag in flags]
-        for row, agent in enumerate(self.possible_agents) if self.episode_over else ():
-            if agent in living and not (ended[row] or cut[row]):  # whom nobody told that it is over for all
-                (cut if agent in observations else ended)[row] = True
+        if self.episode_over:
+            for row, agent in enumerate(self.possible_agents):
+                if agent in living and not (ended[row] or cut[row]):  # whom nobody told that it is over for all
+                    (cut if agent in observations else ended)[row] = True
         return observations, rewards, ended, cut, infos
 
 
@@ -493,10 +496,10 @@ class _Shard:
             last, acted = rows.observations[where].copy(), env.masks
             infos = self._begin(index)
             for row, observation, has_acted in zip(range(where.start, where.stop), last, acted):
-                if has_acted and not rows.masks[row]:  # took part in the last step, but is not in the new episode
-                    rows.observations[row], rows.masks[row] = observation, True
-                elif row in finals and rows.masks[row]:
+                if rows.masks[row] and row in finals:  # its row shows the new episode, so the old one's end goes here
                     finals[row]["final_obs"] = observation
+                elif has_acted and not rows.masks[row]:  # is not in the new episode, so its row may show the old one
+                    rows.observations[row], rows.masks[row] = observation, True
         return [*finals.items(), *(infos.items() if self.all_infos else ())]
 
     def call(self, arguments: Sequence[tuple[tuple, dict]], name: str) -> list:
@@ -571,7 +574,8 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
     def _describe(self, path: str, described: list[tuple]) -> None:
         first, agents, metadata, self.render_mode = described[0]
         for other, names, *_ in described:
-            for got, expected in (*zip(other, first), (names, agents if {*names} == {*agents} else names)):
+            has_same = {*names} == {*agents}  # teams may have names of their own, but the same names in the same order
+            for got, expected in [*zip(other, first), (names, agents if has_same else names)]:
                 if got != expected:
                     raise ValueError(f"environments must be alike, got {got} after {expected}")
         self.metadata = {**metadata, "autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
@@ -823,7 +827,7 @@ class Multiprocessing(Serial):
 
     def _wait(self, needed: int = sys.maxsize, timeout: float | None = None) -> None:
         """Collect replies until so many groups are ready, or no worker is busy: yield, then block (SPIN_SECONDS)."""
-        now, start, has_rung = time.perf_counter(), time.perf_counter(), False
+        now, start, has_ring = time.perf_counter(), time.perf_counter(), False
         while True:
             if now - self._looked > BLOCK_SECONDS:
                 self._looked = now
@@ -831,9 +835,9 @@ class Multiprocessing(Serial):
                     if not line.process.is_alive() and line.flag[0] != MESSAGE:  # which would say more
                         self._fail(line)
             for line in [line for line in self._busy if line.flag[0] < STEP]:
-                if not has_rung:  # not for ever, as Ctrl-C may have swallowed that ring
+                if not has_ring:  # takes this reply's; not for ever, as Ctrl-C may have swallowed it
                     self._bell.acquire(True, BLOCK_SECONDS)
-                has_rung = False
+                has_ring = False  # the one that ended the sleep below counts for one reply
                 self._collect(line)
             now = time.perf_counter()
             if not self._busy or len(self._ready) >= needed:
@@ -845,7 +849,7 @@ class Multiprocessing(Serial):
             if max(self._waited, now - start) < SPIN_SECONDS:
                 _yield()
             else:
-                has_rung = self._bell.acquire(True, min(left, BLOCK_SECONDS))
+                has_ring = self._bell.acquire(True, min(left, BLOCK_SECONDS))
 
     def _collect(self, line: _Line) -> None:
         try:
