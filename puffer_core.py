@@ -10,7 +10,7 @@
                 observations, rewards, terminations, truncations, infos = envs.step(envs.action_space.sample())
                 player_sum, dealer_card, usable_ace = envs.layout.unflatten(observations)  # views, not copies
 
-Read on: layouts, which flatten; adapters, around one environment; vectorizers, of many of them. For Linux and macOS.
+Read on: layouts (flatten), adapters (around one environment), vectorizers (around many). For Linux and macOS.
 """
 
 import contextlib
@@ -120,7 +120,7 @@ def _cast(leaf: Leaf, value: Any) -> np.ndarray:
 
 
 class Layout:
-    """How a structured observation lies in one flat row; TypeError: a leaf that has no fixed size, by its path.
+    """How a structured observation lies in one flat row. TypeError, with its path: a leaf that has no fixed size.
 
     A plain Box passes through unchanged. Others become rows `(n,)`: leaves of one dtype keep it, mixed ones become the
     bytes of an aligned struct. `dtype` is the numpy dtype of one row, `flat_space` its Box.
@@ -367,7 +367,7 @@ class PettingZooPufferEnv:
 
 
 class EpisodeStats(gymnasium.wrappers.RecordEpisodeStatistics):
-    """Empties infos but an episode's last, whose "episode" has return `r`, length `l`, seconds `t`, and infos' sums."""
+    """Clears infos but an episode's last, whose "episode" has return `r`, length `l`, seconds `t`, and infos' sums."""
 
     def __init__(self, env: gymnasium.Env, buffer_length: int = 100, stats_key: str = "EpisodeStats"):
         super().__init__(env, buffer_length, stats_key)  # not "episode", which the environment may use itself
@@ -552,7 +552,7 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
             expected = f"a multiple of the {per_worker} environments a worker has, which divides num_envs={num_envs}"
             raise ValueError(f"batch_size: expected {expected} unless zero_copy=False, got {batch_size}")
         self.num_envs, self.num_workers, self.batch_size, self.zero_copy = num_envs, num_workers, batch_size, zero_copy
-        # A batch is made of groups of workers: one group of all (sync), one of neighbours (first-ready, zero-copy), or
+        # A batch is made of groups of workers: one group of all (sync), one of neighbors (first-ready, zero-copy), or
         # several of one worker each (first-ready, gathered). Whatever the strategy, `recv` does the same.
         size = batch_size // per_worker if zero_copy or batch_size == num_envs else 1
         self._per_worker, self._group_size, self._groups_per_batch = per_worker, size, batch_size // per_worker // size
@@ -784,10 +784,10 @@ class Multiprocessing(Serial):
 
     Args:
         env_fns: functions that return a gymnasium.Env or a PettingZoo ParallelEnv, adapted here if they are not yet.
-        num_workers: processes, a divisor of `num_envs`; by default the largest that the usable cores allow, of which
-            torchrun's ranks have a share each.
+        num_workers: processes, a divisor of `num_envs`; by default the largest up to the number of usable cores, of
+            which torchrun's ranks have a share each.
         batch_size: environments a `recv`, a multiple of those that a worker has; by default all.
-        zero_copy: views of the first complete block of neighbouring workers, valid until the next `send` of the same
+        zero_copy: views of the first complete block of neighboring workers, valid until the next `send` of the same
             environments; if False, copies from whichever workers are ready first.
         context: start method of multiprocessing (fork, forkserver, spawn); by default Python's own default.
         infos: "final" for the infos of episodes' last steps only, "all" for every step's, as gymnasium has it.
