@@ -200,13 +200,13 @@ def speed(folder: Path = RESULTS) -> str:
 
 {table(("agent steps a second", "ours", "its mode", "of the limit", *columns), rows)}
 
-In parentheses: ours divided by theirs, bold below 1; ~ marks a draw: fewer than nine in ten pairs of turns, one of ours
-and one of theirs, agree on who is ahead. All have their best settings; ours, SB3, PufferLib and the last column are
-the fastest of their modes or libraries, where BENCHMARKS.md compares like with like. Environments of "100 us" compute that
-long a step; with a spread of 100 %, times are exponentially distributed; with slow resets, a step in 100 ends the
-episode, and the reset takes as long as 100 steps. Of ours, `Serial` steps in this process and "sync" in workers, all
-together; "first-ready" returns the half that is ready first, as blocks of neighbors or, "gathered", from anywhere. If a
-step takes a few microseconds, take `Serial`. The limit is {cores} times one bare process. PufferLib is
+In parentheses: ours divided by theirs, bold below 1; ~ marks a draw: fewer than nine in ten pairs of turns, one of
+ours and one of theirs, agree on who is ahead. All have their best settings; ours, SB3, PufferLib and the last column
+are the fastest of their modes or libraries, where BENCHMARKS.md compares like with like. Environments of "100 us"
+compute that long a step; with a spread of 100 %, times are exponentially distributed; with slow resets, a step in 100
+ends the episode, and the reset takes as long as 100 steps. Of ours, `Serial` steps in this process and "sync" in
+workers, all together; "first-ready" returns the half that is ready first, as blocks of neighbors or, "gathered", from
+anywhere. If a step takes a few microseconds, take `Serial`. The limit is {cores} times one bare process. PufferLib is
 `pufferlib-core` {version}, a copy that others publish. Measured on {cores} cores of {hardware["cpu"]};
 [BENCHMARKS.md](BENCHMARKS.md) has every row, spread and command, and `make bench` measures anew."""
 
