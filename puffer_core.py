@@ -45,7 +45,7 @@ CACHE_LINE = 64  # bytes; every worker's flag has a line of its own, so no two c
 # Who waits yields for this long and then blocks, or blocks at once if the last wait took longer: others need the cores
 SPIN_SECONDS = 1e-3
 BLOCK_SECONDS = 0.1  # a blocked process looks around this often even if nobody wakes it
-CLOSE_SECONDS = 3.0  # what workers get to close their environments before they are killed
+CLOSE_SECONDS = 10.0  # what workers get to close their environments, unless `close` says otherwise, before a kill
 _yield = getattr(os, "sched_yield", lambda: time.sleep(0))  # 0.6 us; on Linux, sleep(0) would take 50 to 90 us
 
 
@@ -224,8 +224,8 @@ class ActionLayout:
             raise TypeError(f"Box leaves (True) and others cannot be mixed in one flat action: {is_box}")
         low, high = np.concatenate([leaf.bounds for leaf in self._leaves], axis=1)
         self._ends, self._start = np.cumsum([leaf.bounds.shape[1] for leaf in self._leaves])[:-1], 0
-        numbers = range(space.start, space.start + space.n) if isinstance(space, spaces.Discrete) else ()
-        self.valid = {number: space.dtype.type(number) for number in numbers[: 2**12]}
+        self._numbers = range(space.start, space.start + space.n) if isinstance(space, spaces.Discrete) else range(0)
+        self.valid = {number: space.dtype.type(number) for number in self._numbers[: 2**12]}
         if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.Box)):
             self.flat_space = space
         elif all(is_box.values()):
@@ -239,8 +239,9 @@ class ActionLayout:
     def unflatten(self, flat: Any) -> Any:
         """Return a sample of the space, Box values clipped and rounded; ValueError: wrong shape, NaN, out of range."""
         try:
-            return self.valid[operator.index(flat)]  # a Discrete's: 0.2 us, where what follows takes 8
-        except (TypeError, KeyError):  # not one integer, or none of those
+            if (number := operator.index(flat)) in self._numbers:  # a Discrete's: 0.3 us, where what follows takes 8
+                return self.space.dtype.type(number)
+        except TypeError:  # not one integer
             pass
         values, is_box = np.asarray(flat), isinstance(self.flat_space, spaces.Box)
         fits = not np.isnan(values).any() if is_box else values.dtype.kind in "biu" and self.flat_space.contains(values)
@@ -647,12 +648,12 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         for position, worker in enumerate(self._workers):
             for row, info in self._said[worker]:
                 infos = self._infos._add_info(infos, info, position * self._rows_per_worker + row)
-        (*arrays, agent_ids, self.masks), self._expected = fields, "send"
-        self.agent_ids = agent_ids.copy()  # so that a learner may write into it
+        (*arrays, agent_ids, masks), self._expected = fields, "send"
+        self.agent_ids, self.masks = agent_ids.copy(), masks.copy()  # so that a learner may write into them
         return Batch(*arrays, infos, self.agent_ids, self.masks)
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple:
-        """Call a method of every environment, or read an attribute; a WorkerError from here leaves all alive."""
+        """Call a method of every environment, or read an attribute, the adapter's first; errors leave all alive."""
         return tuple(self._command("call", [(args, kwargs)] * self.num_envs, name))
 
     get_attr, render = call, partialmethod(call, "render")
@@ -677,8 +678,8 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         self._check(name)
         self._wait()
         if name == "reset":
+            self._finished, self._expected = [0] * len(self._finished), "async_reset"  # first, for who is interrupted
             self._ready.clear()  # drops the results of steps that were under way
-            self._finished, self._expected = [0] * len(self._finished), "async_reset"
         for worker in range(self.num_workers):
             self._request(worker, name, per_env[worker * self._per_worker :][: self._per_worker], *shared)
         if name != "reset":
@@ -736,8 +737,14 @@ class _Line:
 
 def _worker(is_main: bool, env_fns: CloudpickleWrapper, *line_arguments: Any) -> None:
     """Serve the parent's requests until it closes or is gone."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # even if an environment hangs
+    parent, starter = multiprocessing.parent_process(), os.getppid()
+
+    def die_with_parent() -> None:  # even if an environment hangs
+        while parent.is_alive() and os.getppid() == starter:  # the first stays true while another fork of it lives
+            parent.join(1.0)
+        os._exit(1)
+
+    threading.Thread(target=die_with_parent, daemon=True).start()
     if is_main and hasattr(ctypes.CDLL(None), "prctl"):  # that thread never runs while C code holds the GIL
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the thread that started this worker ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes its workers
@@ -765,14 +772,16 @@ def _worker(is_main: bool, env_fns: CloudpickleWrapper, *line_arguments: Any) ->
 def _shut_down(lines: list[_Line], seconds: float = CLOSE_SECONDS) -> None:
     """Ask the workers to close and wait; kill those that do not."""
     for line in lines:
-        line.worker_bell.release()
+        line.worker_bell.release(), line.worker_bell.release()  # one may be for a request that Ctrl-C left without
         line.connection.close()
     running, deadline = [line.process for line in lines if line.process.is_alive()], time.perf_counter() + seconds
     try:
-        for process in running:
-            process.join(max(0.0, deadline - time.perf_counter()))
+        while any(process.is_alive() for process in running) and time.perf_counter() < deadline:
+            time.sleep(SPIN_SECONDS)  # `join` would also wait for forks that an environment leaves behind
     finally:  # also on Ctrl-C, or Python would wait for ever for one that hangs
         for process in running:
+            if process.is_alive() and seconds >= 1:  # else, they were not meant to finish
+                gymnasium.logger.warn(f"close: after {seconds:g} s, {process.name} is killed; see close(timeout=)")
             process.kill(), process.join(1.0)  # nothing to one that has ended
 
 
@@ -796,8 +805,14 @@ class Multiprocessing(Serial):
     def __init__(self, env_fns: Sequence[Callable], num_workers: int | None = None, batch_size: int | None = None,
                  zero_copy: bool = True, context: str | None = None, infos: str = "final"):
         self._lines, self._looked, self._waited = [], time.perf_counter(), 0.0
-        shut_down = multiprocessing.util.Finalize(self, _shut_down, [self._lines], exitpriority=1)
-        self.close_extras = lambda **_: shut_down()  # at the end of this process too, but not of its forks
+        limit = {"seconds": CLOSE_SECONDS}
+        shut_down = multiprocessing.util.Finalize(self, _shut_down, [self._lines], limit, exitpriority=1)
+
+        def close_extras(timeout: float | None = None, terminate: bool = False) -> None:  # also at this process's end
+            limit["seconds"] = 0.0 if terminate else CLOSE_SECONDS if timeout is None else timeout
+            shut_down()
+
+        self.close_extras = close_extras
         self._divide(env_fns, num_workers, batch_size, zero_copy, infos)
         context, is_main = multiprocessing.get_context(context), threading.current_thread() is threading.main_thread()
         control, self._bell = context.RawArray("B", CACHE_LINE * self.num_workers), context.Semaphore(0)

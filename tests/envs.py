@@ -213,6 +213,24 @@ class Marker(Counter):
         self._write("closed")
 
 
+class SlowToClose(Marker):
+    """Takes a second to close, as one may that writes a video then."""
+
+    def close(self):
+        time.sleep(1.0)
+        super().close()
+
+
+class Leaving(Counter):
+    """Leaves a process behind that outlives it for some seconds, and has all that was open."""
+
+    def __init__(self):
+        super().__init__()
+        if os.fork() == 0:
+            time.sleep(6.0)
+            os._exit(0)
+
+
 class Napping(Counter):
     """Sleeps for as many tenths of a second as its seed says at a reset, and its action at a step."""
 

@@ -1,6 +1,8 @@
 """Single environments and teams behind flat spaces: rows, masks, actions and episode statistics."""
 
 import copy
+import functools
+import inspect
 import pickle
 
 import gymnasium
@@ -78,6 +80,21 @@ def test_every_flat_action_is_one_that_the_env_accepts(space):
         flat = env.action_space.sample()
         reward = env.step(flat)[1]  # the environment checks it
         assert reward == pytest.approx(total(env.action_layout.unflatten(flat)))
+
+
+@pytest.mark.parametrize("count", [5, 5000])
+def test_discrete_actions_of_any_dtype_reach_the_environment(count):
+    has_dtypes = "dtype" in inspect.signature(spaces.Discrete).parameters  # since gymnasium 1.3
+    for options in ({}, {"start": -2}, *[{"dtype": dtype} for dtype in (np.int16, np.uint32) if has_dtypes]):
+        space = spaces.Discrete(count, **options)
+        with Serial([functools.partial(Actor, space)]) as envs:
+            envs.reset(seed=1)
+            for _ in range(20):
+                envs.step(envs.action_space.sample())  # the environment checks it
+            last = np.array([space.start + count - 1], space.dtype)
+            envs.step(last)
+            with pytest.raises(ValueError, match="expected an action in"):
+                envs.step(last + 1)
 
 
 def test_seeds_options_and_attributes_reach_the_inner_env():

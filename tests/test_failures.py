@@ -21,7 +21,7 @@ from running import heed_ctrl_c
 
 import puffer_core
 from puffer_core import APIUsageError, Multiprocessing, Serial, WorkerError
-from tests.envs import Counter, Crashing, Marker, NoOp, Stubborn, Threads
+from tests.envs import Counter, Crashing, Leaving, Marker, NoOp, SlowToClose, Stubborn, Threads
 
 ROOT = Path(puffer_core.__file__).parent
 pytestmark = [
@@ -254,7 +254,7 @@ def test_ctrl_c_within_a_message_closes(method):
 def test_ctrl_c_before_a_worker_is_rung_closes():
     with Multiprocessing([patient] * 2, num_workers=2) as envs:
         envs.reset()
-        line, ring, rings = envs._lines[1], envs._lines[1].worker_bell.release, iter([False, True])
+        line, ring, rings = envs._lines[1], envs._lines[1].worker_bell.release, iter([False, True, True])
 
         def release():
             if not next(rings):
@@ -264,7 +264,8 @@ def test_ctrl_c_before_a_worker_is_rung_closes():
         with mock.patch.object(line, "worker_bell") as bell, pytest.raises(KeyboardInterrupt):
             bell.release = release
             envs.send(envs.action_space.sample())
-        with pytest.raises(APIUsageError, match="closed"):  # the worker's flag is set, but it sleeps on
+        assert line.process.exitcode == 0  # and was not killed, though its flag was set without a ring
+        with pytest.raises(APIUsageError, match="closed"):
             envs.reset()
 
 
@@ -316,8 +317,33 @@ def test_closing_ends_envs_that_hang_and_that_cannot_be_terminated():
     pids = [process.pid for process in multiprocessing.active_children()]
     envs.send(np.zeros(2, int))
     start = time.perf_counter()
+    with pytest.warns(UserWarning, match=r"close: after 1 s, .*Process-\d+ is killed; see close\(timeout=\)"):
+        envs.close(timeout=1)
+    assert time.perf_counter() - start < 4 and await_end(pids, 0) == []
+
+
+def test_closing_waits_for_what_environments_save(tmp_path):
+    path = str(tmp_path / "events")
+    envs = Multiprocessing([functools.partial(SlowToClose, path, name) for name in range(8)], num_workers=2)
+    envs.reset()
+    envs.close()  # each worker has four, which take a second each
+    assert events(path).count("closed 0") == 1 and sum(event.startswith("closed") for event in events(path)) == 8
+
+
+def test_processes_that_environments_leave_behind_delay_nothing():
+    envs = Multiprocessing([Leaving] * 4, num_workers=4)
+    envs.reset()
+    start = time.perf_counter()
     envs.close()
-    assert time.perf_counter() - start < 6 and await_end(pids, 0) == []
+    assert time.perf_counter() - start < 1
+    envs = Multiprocessing([Leaving] * 4, num_workers=4)
+    envs.reset()
+    os.kill(envs._lines[0].process.pid, signal.SIGKILL)
+    start = time.perf_counter()
+    with pytest.raises(WorkerError, match="killed by SIGKILL"):
+        while True:
+            envs.step(np.zeros(4, int))
+    assert time.perf_counter() - start < 2
 
 
 def test_a_forgotten_vectorizer_closes_its_envs(tmp_path):
@@ -409,8 +435,10 @@ def test_an_uncaught_exception_ends_the_program(tmp_path, setup, context):
     script, workers = start_script(tmp_path, body, setup, context)
     start = time.perf_counter()
     _, errors = script.communicate(timeout=30)
-    assert time.perf_counter() - start < 5 and script.returncode == 1
+    assert time.perf_counter() - start < 3 + puffer_core.CLOSE_SECONDS * ("hang" in setup) and script.returncode == 1
+    errors, _, warnings = errors.partition("\n/")
     assert errors.count("Traceback") == 1 and errors.strip().endswith("ValueError: the learner fails")
+    assert warnings.count("WARN: close: after 10 s") == 2 * ("hang" in setup) and "resource_tracker" not in warnings
     assert "resource_tracker" not in errors and await_end(workers, 0) == []
 
 
@@ -425,6 +453,26 @@ def test_ctrl_c_gives_one_traceback(tmp_path, body, context):
     assert time.perf_counter() - start < 5 and script.returncode != 0
     assert errors.count("Traceback") == 1 and errors.strip().endswith("KeyboardInterrupt"), errors
     assert await_end(workers, 0) == []
+
+
+def test_workers_of_a_thread_die_with_a_parent_that_has_other_forks(tmp_path):
+    """They cannot ask the kernel for a signal, and the fork holds open what they would see close."""
+    setup = f"{COUNTERS}; import threading; fork = multiprocessing.Process(target=time.sleep, args=(9,))"
+    script = SCRIPT.format(setup=setup, context="fork", body="fork.start()\n    time.sleep(60)")
+    made = "envs = Multiprocessing(env_fns, num_workers=2, context='fork')"
+    thread = f"made = []; thread = threading.Thread(target=lambda: made.append({made[7:]}))"
+    assert made in script
+    script = script.replace(made, f"{thread}\n    thread.start(), thread.join()\n    envs = made[0]")
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    pipes = {"stdout": subprocess.PIPE, "text": True, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    parent = subprocess.Popen([sys.executable, path], cwd=ROOT, start_new_session=True, **pipes)
+    scripts_started.append(parent)
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(workers) == 2
+    time.sleep(0.5)  # until it has forked
+    parent.kill()
+    assert await_end(workers, 3) == []
 
 
 def test_a_second_ctrl_c_ends_what_the_first_waits_for(tmp_path):

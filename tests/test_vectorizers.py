@@ -1,5 +1,6 @@
 """Serial and Multiprocessing say the same, in every way of receiving, and what they say can be worked out by hand."""
 
+import collections
 import copy
 import functools
 import gc
@@ -11,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
 from pathlib import Path
 from unittest import mock
 
@@ -85,7 +85,7 @@ def scripted(rows, steps):
 
 def trajectories(envs, steps, action=scripted, seed=1):
     """Run until every row has made `steps` steps; returns what each row saw, cut to the same length."""
-    seen, counts = defaultdict(list), np.zeros(envs.num_agents, int)
+    seen, counts = collections.defaultdict(list), np.zeros(envs.num_agents, int)
     envs.async_reset(seed=seed)
     while True:
         batch = envs.recv()
@@ -1253,6 +1253,35 @@ def test_closing_takes_what_gymnasiums_own_takes(backend):
     envs.reset()
     envs.close(timeout=1, terminate=True)
     assert envs.closed and not multiprocessing.active_children()
+
+
+@backends
+def test_ctrl_c_in_a_reset_leaves_no_batch_to_receive(backend):
+    class Interrupted(collections.deque):
+        def clear(self):
+            super().clear()
+            raise KeyboardInterrupt
+
+    with backend([Counter] * 2) as envs:
+        envs.async_reset(seed=1)
+        envs._ready = Interrupted(envs._ready)
+        with pytest.raises(KeyboardInterrupt):
+            envs.reset(seed=2)
+        with pytest.raises(APIUsageError, match=r"async_reset\(\) is due"):
+            envs.recv()
+        envs._ready = collections.deque()
+        assert envs.reset(seed=3)[0].shape == envs.observation_space.shape
+
+
+@backends
+def test_a_learner_may_write_into_ids_and_masks(backend):
+    with backend([Counter] * 2) as envs:
+        envs.reset()
+        for batch in range(3):
+            envs.send(np.zeros(2, int))
+            *_, agent_ids, masks = envs.recv()
+            assert agent_ids.tolist() == [0, 1] and masks.tolist() == [True, True], batch
+            agent_ids[:], masks[:] = 7, False
 
 
 def test_serial_closes_what_it_has_when_a_constructor_fails(tmp_path):
