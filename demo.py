@@ -104,7 +104,7 @@ def prepare(args: Args) -> list[str]:
     chosen = {name: value for name, value in (COMMON | PRESETS[kind]).items() if getattr(args, name) is None}
     vars(args).update(chosen)
     counts = "num_envs num_steps num_minibatches update_epochs hidden_size bptt_horizon eval_episodes sweep_trials"
-    others = "seed learning_rate clip_coef max_grad_norm vf_coef ent_coef gamma gae_lambda"
+    others = "seed checkpoint_interval learning_rate clip_coef max_grad_norm vf_coef ent_coef gamma gae_lambda"
     for name, least in (dict.fromkeys(counts.split(), 1) | dict.fromkeys(others.split(), 0)).items():
         args.expect(name, getattr(args, name) >= least, f"at least {least}")
         args.expect(name, name not in ("gamma", "gae_lambda") or getattr(args, name) <= 1, "at most 1")
@@ -116,7 +116,7 @@ def prepare(args: Args) -> list[str]:
     args.expect("env_batch_size", args.vec != "serial" or not args.env_batch_size, "--vec multiprocessing beside it")
     args.expect("mode", args.mode != "eval" or args.resume, "--resume CHECKPOINT beside it")
     args.expect("mode", args.mode == "train" or WORLD_SIZE == 1, "one process, torchrun has more")
-    args.expect("mode", args.mode != "sweep" or SEARCH.keys() & chosen, f"no flag for one of {', '.join(SEARCH)}")
+    args.expect("mode", args.mode != "sweep" or SEARCH.keys() & chosen, f"no --resume nor flags for all of {[*SEARCH]}")
     if not args.quiet and RANK == 0:
         print(f"{args.env_id} ({kind}):", *[f"{name}={value}" for name, value in chosen.items()], flush=True)
     return list(chosen)
@@ -128,7 +128,7 @@ NETHACK_KEYS = ("glyphs", "blstats", "message")  # what its network reads
 
 def make_env(env_id: str, render: bool = False) -> Any:
     """Return an environment by its id; with `render`, one that can draw itself, as a picture or as text."""
-    module, _, name = env_id.partition(":")
+    module, _, name = (env_id := re.sub("^(ale_py|minihack|nle):", "", env_id)).partition(":")
     if module == "pettingzoo" or name.isidentifier():
         create, env = load_env_creator(f"{name}:parallel_env" if module == "pettingzoo" else env_id), None
         with contextlib.suppress(Exception if render else ()):  # one that cannot draw itself
@@ -276,10 +276,7 @@ class Policy(nn.Module):
 
 # --------------------------------------------------------------------------------------------------------- experience
 class Experience:
-    """Transitions by agent row: in whatever order environments are ready, each row has a time line of its own.
-
-    An update takes every row's oldest complete segment or, once a quick row has no place left, those that there are.
-    """
+    """Transitions by agent row: in whatever order environments are ready, each row has a time line of its own."""
 
     def __init__(self, envs: puffer_core.Serial, policy: Policy, args: Args, device: torch.device):
         self.num_steps, space = args.num_steps, envs.single_observation_space
@@ -329,7 +326,7 @@ class Trainer:
     def __init__(self, args: Args):
         gc.collect()  # an earlier trainer that was compiled, which refers to itself
         self.args, self.iteration, self.global_step, self.num_episodes, self.stopping = args, 0, 0, 0, False
-        self.returns, self.episode = deque(maxlen=100), {}  # of the last episodes; numbers of the very last
+        self.returns, self.lengths, self.episode = deque(maxlen=100), deque(maxlen=100), {}  # the last numbers of all
         self.seconds, self.losses, self.learned, self.device = defaultdict(float), {}, 0, torch.device("cpu")
         env_fns = [partial(make_env, args.env_id, render=args.mode == "eval")] * args.num_envs
         pool = {"num_workers": args.num_workers or None, "batch_size": args.env_batch_size or None}
@@ -378,7 +375,8 @@ class Trainer:
         self.receive()
 
     def stop(self, number: int, _: Any) -> None:
-        self.stopping = True
+        self.stopping = True  # which the dashboard shows, where there is one
+        RANK or self.args.quiet or sys.__stdout__.isatty() or os.write(2, b"Stops after this update, again: now\n")
         signal.signal(number, signal.default_int_handler)  # a second Ctrl-C does not wait
 
     def is_good(self) -> bool:
@@ -433,7 +431,7 @@ class Trainer:
         for at in np.flatnonzero(ended):
             told = {str(key): float(sums[at]) for key, sums in infos.get("episode", {}).items() if str(key)[:1] != "_"}
             self.episode = told or dict(zip("rl", self.team_sums[:, self.rows[at]].tolist()))
-            self.returns.append(self.episode["r"])
+            self.returns.append(self.episode["r"]), self.lengths.append(self.episode["l"])
             self.num_episodes += 1
             self.team_sums[:, self.rows[at]] = 0
 
@@ -478,24 +476,26 @@ class Trainer:
         return index
 
     def update(self) -> None:
-        args, experience, sums = self.args, self.experience, torch.zeros(7, device=self.device)
+        args, experience, sums = self.args, self.experience, torch.zeros(8, device=self.device)
         with self.clock("update"):
             index = self.prepare()
             left = 1 - args.anneal_lr * self.learned / self.total_steps
             self.optimizer.param_groups[0]["lr"] = args.learning_rate * left
-            sums[6], sequences = index.numel(), index.view(-1, experience.horizon)
+            sums[7], sequences = index.numel(), index.view(-1, experience.horizon)
             sequences = sequences[experience.trainable[sequences].any(1)]
             parts = args.num_minibatches if WORLD_SIZE > 1 else min(args.num_minibatches, max(1, len(sequences)))
             for _ in range(args.update_epochs):
                 for chosen in torch.randperm(len(sequences)).to(self.device).tensor_split(parts):
-                    sums[:6] += self.learn(sequences[chosen])
+                    sums[:7] += self.learn(sequences[chosen])
             distributed.all_reduce(sums) if distributed.is_initialized() else None
             index = index[experience.trainable[index]]
             errors, returns = [part[index].var(0, False) for part in (experience.advantages, experience.returns)]
-            means = [*sums[:6] / (args.update_epochs * parts), 1 - errors / returns]
-            names = "policy_loss value_loss entropy old_approx_kl approx_kl clipfrac explained_variance"
+            means = [*sums[:7] / (args.update_epochs * parts), 1 - errors / returns]
+            names = "policy_loss value_loss entropy old_approx_kl approx_kl clipfrac grad_norm explained_variance"
             self.losses, self.iteration = dict(zip(names.split(), torch.stack(means).tolist())), self.iteration + 1
-            self.learned += int(sums[6])  # which ends a run, as ranks and first-ready updates differ in size
+            self.learned += int(sums[7])  # which ends a run, as ranks and first-ready updates differ in size
+        if not np.isfinite(self.losses["grad_norm"]):
+            raise FloatingPointError("gradients are not finite: rewards may not be, or the learning rate is too high")
 
     def learn(self, index: torch.Tensor) -> torch.Tensor:
         """Take one gradient step on a minibatch of sequences, `(sequences, horizon)`; returns what to log."""
@@ -505,15 +505,14 @@ class Trainer:
         parts = [rows.unflatten(0, index.shape), *[field[index] for field in fields]]
         for part in parts if self.is_team else ():  # nothing of an absent agent's rows gets anywhere, not even NaN
             part[~kept] = 0
-        advantages = parts[-1]
-        sums = (torch.stack([kept, advantages, advantages.square()]) * kept).double().flatten(1).sum(1)
+        sums = (torch.stack([kept, parts[-1], parts[-1].square()]) * kept).double().flatten(1).sum(1)
         distributed.all_reduce(sums) if distributed.is_initialized() else None
         means, loss = self.compare(sums, experience.states[index[:, 0]], experience.starts[index], kept, *parts)
         self.optimizer.zero_grad()
         (loss * WORLD_SIZE).backward()  # which averages gradients over ranks, where a sum is due
-        nn.utils.clip_grad_norm_(self.policy.parameters(), args.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), args.max_grad_norm)
         self.optimizer.step()
-        return means
+        return torch.cat([means, norm[None] / WORLD_SIZE])  # all ranks have the same
 
     def compare(self, sums, states, starts, kept, rows, actions, logprobs, values, returns, advantages) -> tuple:
         """Run the policy on steps of which those count that are `kept`; returns what to log, `(6,)`, and the loss."""
@@ -574,12 +573,13 @@ class Dashboard(contextlib.ExitStack):
     def __init__(self, trainer: Trainer, folder: Path):
         super().__init__()
         self.trainer, self.args, self.history = trainer, trainer.args, defaultdict(list)
-        self.start, self.printed = time.perf_counter(), -np.inf
-        self.last, self.is_live = (self.start, trainer.global_step), sys.stdout.isatty() and not self.args.quiet
         if self.args.track:
             import wandb
             names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": folder.name}
             wandb.init(**names, config=vars(self.args), sync_tensorboard=True, reinit="finish_previous")
+        self.start, self.printed, trainer.seconds = time.perf_counter(), -np.inf, defaultdict(float)
+        can_draw = sys.stdout.isatty() and "utf" in sys.stdout.encoding.lower()
+        self.last, self.is_live = (self.start, trainer.global_step), can_draw and not self.args.quiet
         self.writer, lines = SummaryWriter(folder), [f"|{name}|{value}|" for name, value in vars(self.args).items()]
         self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *lines]))
         self.callback(self.writer.close)
@@ -592,7 +592,7 @@ class Dashboard(contextlib.ExitStack):
         left = max(trainer.total_steps - trainer.learned, 0) / max(speed, 1.0)
         charts = {"SPS": round(speed), "episodes": trainer.num_episodes}
         if trainer.episode:
-            charts |= {"episodic_return": np.mean(trainer.returns), "episodic_length": trainer.episode["l"]}
+            charts |= {"episodic_return": np.mean(trainer.returns), "episodic_length": np.mean(trainer.lengths)}
         charts |= {"minutes_left": left / 60, "learning_rate": trainer.optimizer.param_groups[0]["lr"]}
         shares = {name: 100 * seconds / (now - self.start) for name, seconds in trainer.seconds.items()}
         system = {"CPU_percent": psutil.cpu_percent(), "memory_GiB": psutil.virtual_memory().used / 2**30}
@@ -601,7 +601,7 @@ class Dashboard(contextlib.ExitStack):
         groups = {"charts": charts, "losses": trainer.losses, "time_percent": shares, "system": system}
         for group, numbers in (groups | {"episode": trainer.episode}).items():
             for name, value in numbers.items():
-                self.history[group, name].append(value)
+                self.history[group, name.replace("[", r"\[")].append(value)  # which would begin a style
                 self.writer.add_scalar(f"{group}/{name}", value, trainer.global_step)
         if not (self.is_live or self.args.quiet) and (is_last or now - self.printed > 2):
             self.printed, names = now, ("SPS", "episodic_return", "value_loss", "entropy", "approx_kl", "minutes_left")
@@ -617,7 +617,7 @@ class Dashboard(contextlib.ExitStack):
             shown = f"{values[-1]:,.0f}" if abs(values[-1]) >= 1e4 else f"{values[-1]:.4g}"
             tables.setdefault(group, table.Table(group, "", "", box=None, pad_edge=False)).add_row(name, shown, trend)
         body = console.Group(progress_bar.ProgressBar(total, trainer.global_step), "", columns.Columns(tables.values()))
-        title = f"[bold]{self.args.env_id}[/], {trainer.global_step:,} of {total:,} steps"
+        title = f"[bold]{self.args.env_id}[/], {trainer.global_step:,} of {total:,} steps{', stops' * trainer.stopping}"
         return panel.Panel(body, title=title, subtitle=f"{trainer.precision} on {trainer.device}; Ctrl-C saves")
 
 
@@ -626,7 +626,7 @@ def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) 
     """Train an agent; returns the mean of its last 100 returns. After every update, `report` looks at the trainer."""
     trainer = Trainer(args)
     path = Path("runs", f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}", "checkpoint.pt")
-    with contextlib.ExitStack() as stack, trainer.envs:
+    with trainer.envs, contextlib.ExitStack() as stack:
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.signal(number, trainer.stop))
         if args.resume:
@@ -635,16 +635,16 @@ def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) 
             args.expect("target_return", not trainer.is_good(), "more than was reached before")
         trainer.start()
         dashboard = stack.enter_context(Dashboard(trainer, path.parent)) if RANK == 0 else None
+        dashboard and stack.callback(lambda: np.isfinite(trainer.losses.get("grad_norm", 0)) and save(trainer, path))
         is_over = trainer.is_over()
         while not is_over and trainer.collect():
             trainer.update()
             is_over = trainer.is_over()
             if dashboard:
-                if is_over or (args.checkpoint_interval and trainer.iteration % args.checkpoint_interval == 0):
-                    save(trainer, path)  # first, as Ctrl-C may have ended who reads what is printed
+                if args.checkpoint_interval and trainer.iteration % args.checkpoint_interval == 0:
+                    save(trainer, path)
                 dashboard.log(is_over)
             report(trainer)
-        save(trainer, path) if dashboard else None
     if RANK == 0 and not args.quiet:
         print(f"Saved {path}: --resume goes on with it, --mode eval --resume plays it")
     if trainer.stopping:

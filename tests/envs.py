@@ -231,6 +231,26 @@ class Leaving(Counter):
             os._exit(0)
 
 
+class Failing(gymnasium.Wrapper):
+    """CartPole, which at its 300th step in all has no number as a reward, or fails; its first reset takes a while."""
+
+    def __init__(self, how="nan"):
+        super().__init__(gymnasium.make("CartPole-v1"))
+        self.how, self.steps = how, 0
+
+    def reset(self, **arguments):
+        time.sleep(0.5 * (self.steps == 0))
+        return super().reset(**arguments)
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 300 and self.how == "raise":
+            raise ZeroDivisionError("the environment fails")
+        observation, reward, *rest, info = super().step(action)
+        reward = np.nan if self.steps == 300 and self.how == "nan" else reward
+        return observation, reward, *rest, {**info, "hits[/s]": 1}
+
+
 class Napping(Counter):
     """Sleeps for as many tenths of a second as its seed says at a reset, and its action at a step."""
 

@@ -907,6 +907,16 @@ def test_a_run_that_is_over_is_not_gone_on_with(tmp_path, monkeypatch):
     assert [demo.load(str(path))["learned"] for path in sorted(tmp_path.glob("runs/*/checkpoint.pt"))] == [256, 512]
 
 
+@pytest.mark.parametrize("env_id, wrapper", [
+    ("ale_py:ALE/Pong-v5", "AtariWrapper"), ("minihack:MiniHack-Room-5x5-v0", "NetHackWrapper"),
+    ("nle:NetHackScore-v0", "NetHackWrapper"),
+])  # fmt: skip
+def test_ids_that_name_their_module_get_the_same_wrappers(env_id, wrapper):
+    env = demo.make_env(env_id)
+    assert f"<{wrapper}<" in str(env)
+    env.close()
+
+
 def prepared(flags):
     args = tyro.cli(demo.Args, args=flags.split())
     demo.prepare(args)
@@ -957,7 +967,29 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path):
         process.communicate()
 
 
-def test_a_run_saves_before_it_prints_its_last_line(tmp_path):
+@pytest.mark.parametrize("interval", [0, 1])
+def test_a_reward_that_is_no_number_ends_a_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, interval):
+    monkeypatch.chdir(tmp_path)
+    flags = "--env-id tests.envs:Failing --vec serial --quiet --no-cuda --num-envs 2 --num-steps 32 --hidden-size 8"
+    with pytest.raises(FloatingPointError, match="gradients are not finite: rewards may not be"):
+        demo.train(prepared(f"{flags} --total-timesteps 6400 --checkpoint-interval {interval}"))
+    found = [demo.load(str(path)) for path in tmp_path.glob("runs/*/checkpoint.pt")]
+    assert [contents["iteration"] for contents in found] == [300 // 32] * interval
+    assert all(torch.isfinite(part).all() for contents in found for part in contents["policy"].values())
+
+
+def test_whatever_ends_a_run_it_saves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("from tests.envs import Failing\nmake = lambda: Failing('raise')")
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = "--env-id mine:make --vec serial --quiet --no-cuda --num-envs 2 --num-steps 32 --hidden-size 8"
+    with pytest.raises(ZeroDivisionError, match="the environment fails"):
+        demo.train(prepared(f"{flags} --total-timesteps 6400"))
+    (path,) = tmp_path.glob("runs/*/checkpoint.pt")
+    assert demo.load(str(path))["iteration"] == 300 // 32
+
+
+def test_a_run_saves_when_nobody_reads_its_lines(tmp_path):
     """Ctrl-C under `| tee` ends tee too, so that printing fails."""
     process = started(tmp_path, "--num-steps", "16", "--total-timesteps", "128", "--vec", "serial")
     assert "CartPole-v1" in process.stdout.readline()  # what it chose, before it starts
@@ -1009,7 +1041,8 @@ def test_ctrl_c_saves_and_leaves_no_process(tmp_path):
         wait_for(lambda: not running_in_group(process.pid), 5)
     finally:
         process.kill()
-    assert process.returncode == 130 and "Traceback" not in stderr
+    assert process.returncode == 130 and stderr.count("Stops after this update, again: now\n") == 1
+    assert "Traceback" not in stderr
     (path,) = tmp_path.glob("runs/*/checkpoint.pt")
     assert demo.load(str(path))["iteration"] > 0
     assert f"Saved {path.relative_to(tmp_path)}" in stdout
@@ -1032,12 +1065,13 @@ def test_a_second_signal_does_not_wait_for_an_env_that_hangs(number, tmp_path):
     process = started(tmp_path, "--env-id", "mine:Hanging", "--num-workers", "1")
     try:
         assert "hangs\n" in iter(process.stdout.readline, "")
-        for pause in (0.5, 8.0):  # workers get 3 s to close before they are killed
+        for pause in (0.5, puffer_core.CLOSE_SECONDS + 5):  # what workers get to close before they are killed
             process.send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=pause)
             assert (process.poll() is None) == (pause < 1)
         wait_for(lambda: not running_in_group(process.pid), 5)
+        assert len(list(tmp_path.glob("runs/*/checkpoint.pt"))) == 1
     finally:
         process.kill()
 
@@ -1071,6 +1105,36 @@ def test_the_dashboard_shows_where_a_run_stands(tmp_path):
     ):
         assert part in text
     assert f"{np.mean(trainer.returns):.4g}" in text and set("▁█") <= set(text)
+
+
+def test_the_dashboard_counts_from_the_first_step_and_takes_names_as_they_are(tmp_path):
+    with trainer_of("tests.envs:Failing", num_envs=2, num_steps=64, total_timesteps=512) as trainer:  # slow to start
+        dashboard = demo.Dashboard(trainer, tmp_path)
+        for _ in range(2):
+            trainer.collect()
+            trainer.update()
+            dashboard.log(is_last=False)
+        console = Console(width=140, record=True, file=open(os.devnull, "w"))
+        trainer.stopping = True
+        console.print(dashboard.render())
+        text = console.export_text()
+        dashboard.writer.close()
+    latest = {key: values[-1] for key, values in dashboard.history.items()}
+    assert 50 < sum(value for (group, _), value in latest.items() if group == "time_percent") <= 100.5
+    assert latest["charts", "episodic_return"] == latest["charts", "episodic_length"] == np.mean(trainer.returns)
+    assert latest["losses", "grad_norm"] > 0
+    assert "hits[/s]" in text and "512 steps, stops" in text
+
+
+def test_a_terminal_that_cannot_draw_gets_lines(tmp_path, monkeypatch):
+    with trainer_of("CartPole-v1") as trainer:
+        for encoding in ("latin-1", "utf-8"):
+            terminal = types.SimpleNamespace(isatty=lambda: True, encoding=encoding)
+            monkeypatch.setattr(sys, "stdout", terminal)
+            monkeypatch.setattr(demo.live, "Live", lambda **_: contextlib.nullcontext())
+            trainer.args.quiet = False
+            with demo.Dashboard(trainer, tmp_path) as dashboard:
+                assert dashboard.is_live == (encoding == "utf-8")
 
 
 def test_the_file_is_read_in_one_sitting():

@@ -560,7 +560,7 @@ def test_zero_copy_batches_are_views_of_one_memory(batch_size):
         for _ in range(8):
             batch = envs.recv()
             last = seen.setdefault(batch.agent_ids[0], batch)
-            for name in ("observations", "rewards", "terminations", "truncations", "masks"):
+            for name in ("observations", "rewards", "terminations", "truncations"):
                 assert np.shares_memory(getattr(batch, name), getattr(last, name)), name
             envs.send(np.zeros(envs.agents_per_batch, int))
 
