@@ -100,7 +100,7 @@ class NetHackWrapper(gymnasium.Wrapper):
         return result
 
     def _share_code(self) -> None:
-        """Have the game run the code of NLE's library, not of its own copy: many in turn are 1.2 to 1.4 times as fast.
+        """Have the game run the code of NLE's library, not of its own copy: many in turn are 1.1 to 1.4 times as fast.
 
         NetHack's state is in its library's variables, so NLE loads a copy for every game, and anew at every reset. The
         variables are the game's own, but with code of its own, too, only a few games fit into a core's caches.
