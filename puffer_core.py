@@ -790,6 +790,7 @@ class Multiprocessing(Serial):
 
     With `batch_size < num_envs` it is an asynchronous pool: `recv` returns the environments that are ready first, and
     `send` sets them to work again while others are still busy. A constructor that fails raises WorkerError.
+    `close(timeout=None, terminate=False)` gives workers so many seconds, by default 10, then warns and kills them.
 
     Args:
         env_fns: functions that return a gymnasium.Env or a PettingZoo ParallelEnv, adapted here if they are not yet.
