@@ -39,7 +39,7 @@ WORLD_SIZE, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RAN
 # ---------------------------------------------------------------------------------------------------------- arguments
 @dataclasses.dataclass
 class Args:
-    """Train, play, search hyperparameters or measure speed. A default of None depends on the kind of environment."""
+    """Train, play, search or measure speed. Hyperparameters that are None depend on the kind of environment."""
     mode: Literal["train", "eval", "sweep", "autotune"] = "train"  # train, play, search hyperparameters, measure speed
     env_id: str = "BreakoutNoFrameskip-v4"  # a Gymnasium id, pettingzoo:MODULE, or MODULE:FUNCTION that returns one
     seed: int = 1  # seed of the network, of the actions and (plus its index) of every environment
@@ -326,7 +326,7 @@ class Trainer:
     def __init__(self, args: Args):
         gc.collect()  # an earlier trainer that was compiled, which refers to itself
         self.args, self.iteration, self.global_step, self.num_episodes, self.stopping = args, 0, 0, 0, False
-        self.returns, self.lengths, self.episode = deque(maxlen=100), deque(maxlen=100), {}  # the last numbers of all
+        self.returns, self.lengths, self.episode = deque(maxlen=100), deque(maxlen=100), {}  # of 100; of the last
         self.seconds, self.losses, self.learned, self.device = defaultdict(float), {}, 0, torch.device("cpu")
         env_fns = [partial(make_env, args.env_id, render=args.mode == "eval")] * args.num_envs
         pool = {"num_workers": args.num_workers or None, "batch_size": args.env_batch_size or None}

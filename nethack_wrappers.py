@@ -51,7 +51,7 @@ class NetHackWrapper(gymnasium.Wrapper):
             raise TypeError(f"NetHackWrapper seeds every game, which NetHack's Challenge forbids, got {env}")
         super().__init__(env)
         GAMES.add(self)
-        self._code = None if sys.platform == "linux" else (0, 0, 0)  # start, size, offset; None: not yet known
+        self._code = None if sys.platform == "linux" else ()  # start, size, offset of what is shared; None: not known
         self.metadata, self._frame = {**env.metadata, "render_fps": 5}, None  # NLE says 42: too quick to follow
         nle, game = env.unwrapped, env.unwrapped.nethack
         # Other methods may read anything: KeyRoom's `step` the words, Sokoban's reward the map before the step.
@@ -95,12 +95,12 @@ class NetHackWrapper(gymnasium.Wrapper):
         gymnasium.Env.reset(self.unwrapped, seed=seed)
         self.unwrapped.seed(*self.np_random.integers(2**63, size=2).tolist())
         result = self.env.reset(options=options)
-        if self._code != (0, 0, 0) and len(GAMES) > 3:  # fewer gain nothing, and a reset takes a tenth longer
+        if self._code != () and len(GAMES) > 3:  # one alone gains nothing, and its reset takes a tenth longer
             self._share_code()
         return result
 
     def _share_code(self) -> None:
-        """Have the game run the code of NLE's library, not of its own copy: many in turn are 1.1 to 1.4 times as fast.
+        """Have the game run the code of NLE's library, not of its own copy: many in turn are 1.1 to 1.3 times as fast.
 
         NetHack's state is in its library's variables, so NLE loads a copy for every game, and anew at every reset. The
         variables are the game's own, but with code of its own, too, only a few games fit into a core's caches.
@@ -110,7 +110,7 @@ class NetHackWrapper(gymnasium.Wrapper):
         base = ctypes.c_size_t.from_address(handle).value  # its address comes first in a `struct link_map`
         _ctypes.dlclose(handle)
         if self._code is None:  # found once, as to read what is mapped takes a fifth of a reset
-            self._code = (0, 0, 0)
+            self._code = ()
             inode = f" {os.fstat(game._dl.fileno()).st_ino} "
             for line in Path("/proc/self/maps").read_text().splitlines():
                 if inode in line and " r-xp " in line and "/memfd:nle.so" in line:
@@ -118,8 +118,8 @@ class NetHackWrapper(gymnasium.Wrapper):
                     (start, end), offset = [int(part, 16) for part in area.split("-")], int(offset, 16)
                     if ctypes.string_at(start, end - start) == os.pread(LIBRARY, end - start, offset):
                         self._code = start - base, end - start, offset
-        start, size, offset = self._code
-        if size:
+        if self._code:
+            start, size, offset = self._code
             protection, flags = mmap.PROT_READ | mmap.PROT_EXEC, mmap.MAP_PRIVATE | MAP_FIXED
             _map(base + start, size, protection, flags, LIBRARY, offset)
 

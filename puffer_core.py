@@ -239,7 +239,9 @@ class ActionLayout:
     def unflatten(self, flat: Any) -> Any:
         """Return a sample of the space, Box values clipped and rounded; ValueError: wrong shape, NaN, out of range."""
         try:
-            if (number := operator.index(flat)) in self._numbers:  # a Discrete's: 0.3 us, where what follows takes 8
+            if (number := operator.index(flat)) in self.valid:  # a Discrete's: 0.2 us, where what follows takes 8
+                return self.valid[number]
+            if number in self._numbers:
                 return self.space.dtype.type(number)
         except TypeError:  # not one integer
             pass
@@ -769,7 +771,7 @@ def _worker(is_main: bool, env_fns: CloudpickleWrapper, *line_arguments: Any) ->
             line.publish(MESSAGE if message else DONE, line.parent_bell, message)
 
 
-def _shut_down(lines: list[_Line], seconds: float = CLOSE_SECONDS) -> None:
+def _shut_down(lines: list[_Line], seconds: float) -> None:
     """Ask the workers to close and wait; kill those that do not."""
     for line in lines:
         line.worker_bell.release(), line.worker_bell.release()  # one may be for a request that Ctrl-C left without
@@ -781,7 +783,7 @@ def _shut_down(lines: list[_Line], seconds: float = CLOSE_SECONDS) -> None:
     finally:  # also on Ctrl-C, or Python would wait for ever for one that hangs
         for process in running:
             if process.is_alive() and seconds >= 1:  # else, they were not meant to finish
-                gymnasium.logger.warn(f"close: after {seconds:g} s, {process.name} is killed; see close(timeout=)")
+                gymnasium.logger.warn(f"{process.name} did not close in {seconds:g} s, is killed; see close(timeout=)")
             process.kill(), process.join(1.0)  # nothing to one that has ended
 
 
@@ -790,7 +792,7 @@ class Multiprocessing(Serial):
 
     With `batch_size < num_envs` it is an asynchronous pool: `recv` returns the environments that are ready first, and
     `send` sets them to work again while others are still busy. A constructor that fails raises WorkerError.
-    `close(timeout=None, terminate=False)` gives workers so many seconds, by default 10, then warns and kills them.
+    `close(timeout=None, terminate=False)` gives workers so many seconds, or CLOSE_SECONDS, then warns and kills.
 
     Args:
         env_fns: functions that return a gymnasium.Env or a PettingZoo ParallelEnv, adapted here if they are not yet.

@@ -153,7 +153,7 @@ def test_games_of_a_process_run_the_same_code_but_no_other(monkeypatch, tmp_path
 def test_many_games_are_faster_with_the_same_code():
     games = [[make(NetHackWrapper, "MiniHack-River-v0") for _ in range(12)] for _ in range(2)]
     for game in games[1]:
-        game._code = (0, 0, 0)
+        game._code = ()
     for game in (*games[0], *games[1]):
         game.reset(seed=1)
     assert [has_code_of_its_own(game) for game in (games[0][0], games[1][0])] == [False, True]

@@ -25,6 +25,18 @@ def test_the_tests_it_names_exist():
     assert [name for name, path in named if f"def test_{name}(" not in (ROOT / path).read_text()] == []
 
 
+def test_the_numbers_on_the_first_screen_are_those_of_its_tables():
+    text = (ROOT / "README.md").read_text()
+    said = re.search(r"\[(\S+) times\]\(#speed\) as fast .* on Breakout, (\S+) times on MiniHack", text).groups()
+    for row, times in zip(("| Breakout, 64 envs", "| MiniHack River, 48 envs"), said):
+        (line,) = [line for line in text.splitlines() if line.startswith(row)]
+        over_async, over_sync = [float(cell) for cell in re.findall(r"\((?:~|\*)*([\d.]+)", line)[:2]]
+        assert f"{min(over_async, over_sync):.1f}" == times
+    added = re.search(r"(\d+) new\s+lines\s+for the vectorizer, (\d+) for emulation", text).groups()
+    for script, count in zip(("puffer_ppo_atari.py", "puffer_ppo_minihack.py"), added):
+        assert re.search(rf"^\| \[`{script}`\].* -\d+ \+{count} \|", text, re.MULTILINE)
+
+
 def test_emulation():
     run(BLOCKS[0] + "\nassert player_sum.shape == () and row.shape == (3,)")
 
