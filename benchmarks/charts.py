@@ -87,7 +87,7 @@ def _beside(axes: Any, text: str, at: tuple[float, float], **style: Any) -> None
 
 def panels(path: Path, what: str, titles: Sequence[str], columns: int, size: tuple, draw: Callable) -> None:
     """Write a chart of panels, each of which `draw` fills."""
-    with plt.rc_context(STYLE):
+    with plt.style.context("default"), plt.rc_context(STYLE):  # whatever a person, or an import, has set
         rows = -(-len(titles) // columns)
         figure, grid = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False)
         for index, axes in enumerate(grid.flat):

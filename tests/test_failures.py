@@ -25,6 +25,7 @@ from tests.envs import Counter, Crashing, Leaving, Marker, NoOp, SlowToClose, St
 
 ROOT = Path(puffer_core.__file__).parent
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.timeout(60),
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc"),
 ]

@@ -609,6 +609,7 @@ def best(*functions, rounds=60, calls=40):
     return [min(spent) for spent in times]
 
 
+@pytest.mark.alone
 def test_flattening_costs_about_as_much_as_bare_assignments():
     """Refilled arrays take 0.9 and new ones 1.3 times as long (benchmarks/emulation.py); a loop over leaves takes 3."""
     layout = Layout(MINIHACK_SPACE)

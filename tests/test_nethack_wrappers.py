@@ -92,6 +92,7 @@ def test_descriptions_are_left_out_where_nobody_reads_them(env_id, keys, is_left
     env.close()
 
 
+@pytest.mark.alone
 def test_steps_take_less_time():
     envs = [make(wrapper, "MiniHack-River-v0") for wrapper in (NetHackWrapper, OnlySeeded)]
     spent = np.zeros((30, 2))
@@ -149,6 +150,7 @@ def test_games_of_a_process_run_the_same_code_but_no_other(monkeypatch, tmp_path
         game.close()
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every game keeps its code")
 def test_many_games_are_faster_with_the_same_code():
     games = [[make(NetHackWrapper, "MiniHack-River-v0") for _ in range(12)] for _ in range(2)]

@@ -622,6 +622,7 @@ def test_actions_are_taken_at_once():
 # --------------------------------------------------------------------------------------------------------- first ready
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("zero_copy", [True, False])
 def test_a_slow_env_holds_nobody_up(zero_copy):
     slow, fast = functools.partial(Counter, 1000, delay=2), functools.partial(Counter, 1000, delay=0.001)
@@ -638,6 +639,7 @@ def test_a_slow_env_holds_nobody_up(zero_copy):
         assert time.perf_counter() - start < 1.5
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("zero_copy", [True, False])
 def test_first_come_first_served(zero_copy):
     """Not the lowest first, nor the last that came: whether the parent sees them come, or finds several waiting."""
@@ -657,6 +659,7 @@ def test_first_come_first_served(zero_copy):
 @pytest.mark.parametrize(
     "options", [{"batch_size": 2}, {"batch_size": 1}, {"batch_size": 3, "zero_copy": False}], ids=str
 )
+@pytest.mark.alone
 @pytest.mark.parametrize("delay", [0, 0.004])
 def test_nobody_starves_and_equally_fast_envs_get_equal_turns(options, delay):
     make = functools.partial(Counter, 1000, delay=delay) if delay else NoOp
@@ -695,6 +698,7 @@ def test_a_thousand_resets_in_mid_flight(zero_copy):
                     break
 
 
+@pytest.mark.alone
 def test_a_timeout_bounds_the_call_and_loses_nothing():
     with Multiprocessing([functools.partial(Counter, 5, delay=0.25)] * 2, num_workers=2) as envs:
         envs.reset(seed=1)
@@ -713,6 +717,7 @@ def test_a_timeout_bounds_the_call_and_loses_nothing():
         assert envs.reset(seed=7)[0][:, :3].tolist() == [[7, 1, 0], [8, 1, 0]]  # and what was under way is dropped
 
 
+@pytest.mark.alone
 def test_a_timeout_of_zero_polls():
     with Multiprocessing([functools.partial(Counter, 50, delay=0.02)] * 2, num_workers=2) as envs:
         envs.reset(seed=1)
@@ -817,7 +822,7 @@ def test_copies_are_refused(backend):
 
 
 @backends
-@pytest.mark.parametrize("make", [None, 3, [3], ["CartPole-v1"], [], Counter, [Counter()]], ids=str)
+@pytest.mark.parametrize("make", [None, 3, [3], ["CartPole"], [], Counter, [Counter()]], ids=range(6))
 def test_env_fns_that_are_no_functions_are_refused(backend, make, monkeypatch):
     ignored = []
     monkeypatch.setattr(sys, "unraisablehook", ignored.append)
@@ -1303,6 +1308,7 @@ def test_envs_may_start_processes_of_their_own():
         assert envs.call("start") == (0, 0)
 
 
+@pytest.mark.alone
 def test_what_envs_start_can_be_terminated():
     class Starter(Counter):
         def start(self):
@@ -1367,6 +1373,7 @@ if __name__ == "__main__":
     assert done.stdout == "equal\n" and not list((tmp_path / "rows").iterdir()), done.stderr
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("infos", ["final", "all"])
 def test_infos_of_ten_megabytes_are_no_obstacle(infos):
     with Multiprocessing([functools.partial(BigInfo, 2)] * 2, num_workers=2, infos=infos) as envs:

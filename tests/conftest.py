@@ -1,0 +1,34 @@
+"""What measures time runs alone, also where pytest-xdist runs other tests beside it."""
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "alone: measures time, so no other test may run beside it")
+
+
+@contextlib.contextmanager
+def locked(name, how):
+    with open(Path(tempfile.gettempdir(), f"{os.environ['PYTEST_XDIST_TESTRUNUID']}-{name}"), "w") as file:
+        fcntl.flock(file, how)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do where a process left behind has the file open too
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout, which is not to count the wait
+def pytest_runtest_protocol(item):
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    how = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
+    with contextlib.ExitStack() as turn:
+        with locked("turn", fcntl.LOCK_EX):  # or those who share would let nobody in who does not
+            turn.enter_context(locked("tests", how))
+        return (yield)
