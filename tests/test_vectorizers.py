@@ -1095,9 +1095,11 @@ def test_a_team_that_is_taken_apart_equals_its_adapters_steps(episodes, infos):
 
 
 @backends
-def test_what_a_teams_adapter_of_ones_own_does_counts(backend, monkeypatch):
-    monkeypatch.setattr(OwnTeam, "factor", 3)
-    with backend([lambda: OwnTeam(Team())] * 2) as envs:
+def test_what_a_teams_adapter_of_ones_own_does_counts(backend):
+    class Tripled(OwnTeam):
+        factor = 3
+
+    with backend([lambda: Tripled(Team())] * 2) as envs:
         envs.reset(seed=4)
         assert envs.step([1] * 6)[1].tolist() == 2 * [33.0, 63.0, 0.0]
 
