@@ -17,6 +17,7 @@ import os
 import signal
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -327,7 +328,9 @@ def main() -> None:
             importlib.import_module(module)
     columns = (TextColumn("{task.description:16}"), BarColumn(None), TimeElapsedColumn(), TimeRemainingColumn())
     # Without a thread of its own: hosts are forks, and nothing should run beside the one that is measured.
-    with Progress(*columns, auto_refresh=False, disable=not sys.stdout.isatty()) as progress:
+    progress = Progress(*columns, auto_refresh=False, disable=not sys.stdout.isatty())
+    with tempfile.TemporaryDirectory() as folder, progress:
+        os.environ["TMPDIR"] = tempfile.tempdir = folder  # every NetHack that is killed leaves a directory
         task = progress.add_task("", total=total)
         for name, rows in plan.items():
 

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,8 @@ def pytest_configure(config):
 
 @contextlib.contextmanager
 def locked(name, how):
-    with open(Path(tempfile.gettempdir(), f"{os.environ['PYTEST_XDIST_TESTRUNUID']}-{name}"), "w") as file:
+    """Hold a lock that is a file of this directory, so that nothing has to be removed afterwards."""
+    with Path(__file__).with_name(name).open() as file:
         fcntl.flock(file, how)
         try:
             yield
@@ -29,6 +29,6 @@ def pytest_runtest_protocol(item):
         return (yield)
     how = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
     with contextlib.ExitStack() as turn:
-        with locked("turn", fcntl.LOCK_EX):  # or those who share would let nobody in who does not
-            turn.enter_context(locked("tests", how))
+        with locked("conftest.py", fcntl.LOCK_EX):  # in turn, or those who share would let nobody in who does not
+            turn.enter_context(locked("envs.py", how))
         return (yield)

@@ -17,7 +17,7 @@ def launch(directory, *command):
     process = subprocess.Popen(
         command,
         cwd=directory,
-        env=environment(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}"),
+        env=environment(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}", TMPDIR=str(directory)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
