@@ -464,7 +464,7 @@ class _Shard:
 
     def _by_row(self, index: int, info: dict) -> dict[int, dict]:
         infos = [info.get(agent) for agent in self.envs[index].possible_agents] if self.is_team else [info]
-        return {row: info for row, info in enumerate(infos, self.slices[index].start) if info}
+        return {row: copy.deepcopy(info) for row, info in enumerate(infos, self.slices[index].start) if info}
 
     def step(self) -> list:
         rows, progress, is_team, all_infos, known = self.rows, self.progress, self.is_team, self.all_infos, self.known
@@ -494,7 +494,7 @@ class _Shard:
         """Start the next episode if this one is over; returns what infos there are of ends, and of steps if wanted."""
         rows, where, env, infos = self.rows, self.slices[index], self.envs[index], self._by_row(index, info)
         ended = np.flatnonzero(rows.terminations[where] | rows.truncations[where]) + where.start
-        finals = {row: {"final_info": copy.deepcopy(infos.pop(row, {}))} for row in ended.tolist()}
+        finals = {row: {"final_info": infos.pop(row, {})} for row in ended.tolist()}
         if not self.is_team or env.episode_over:
             last, acted = rows.observations[where].copy(), env.masks
             infos = self._begin(index)

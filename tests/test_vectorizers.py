@@ -284,6 +284,20 @@ def test_last_things_survive_an_env_that_recycles_its_arrays(backend, infos):
 
 
 @backends
+def test_infos_that_environments_share_are_as_each_left_them(backend):
+    class Sharing(Counter):
+        said = {}
+
+        def step(self, action):
+            self.said["seed"] = self.seed
+            return *super().step(action)[:4], self.said
+
+    with backend([Sharing] * 4, infos="all") as envs:
+        envs.reset(seed=3)
+        assert envs.step(np.zeros(4, int))[4]["seed"].tolist() == [3, 4, 5, 6]
+
+
+@backends
 def test_infos_say_nothing_but_the_last_in_final_mode(backend):
     with backend([functools.partial(Counter, 3)] * 2, infos="final") as envs:
         said = [envs.reset()[1]] + [envs.step(np.zeros(2, int))[4] for _ in range(6)]
