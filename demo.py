@@ -165,8 +165,7 @@ def leaves_of(nested: Any) -> list:
     """Return the leaves of a nested space or, in the same order, of its observations; NetHack's Dict is one."""
     if isinstance(nested, Mapping) and not set(NETHACK_KEYS) <= set(nested):
         nested = tuple(nested.values())
-    is_leaf = not isinstance(nested, (tuple, spaces.Tuple))
-    return [nested] if is_leaf else [leaf for part in nested for leaf in leaves_of(part)]
+    return sum(map(leaves_of, nested), []) if isinstance(nested, (tuple, spaces.Tuple)) else [nested]
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
@@ -383,10 +382,9 @@ class Trainer:
         return len(self.returns) >= 100 and np.mean(self.returns) >= self.args.target_return
 
     def is_over(self) -> bool:
-        is_over = self.stopping or self.learned >= self.total_steps or self.is_good()
-        votes = torch.tensor(float(is_over), device=self.device)
-        distributed.all_reduce(votes) if distributed.is_initialized() else None  # ranks end together
-        return bool(votes)
+        end = torch.zeros(1, device=self.device) + (self.stopping or self.learned >= self.total_steps or self.is_good())
+        distributed.all_reduce(end) if distributed.is_initialized() else None  # all end if one does
+        return bool(end)
 
     def collect(self) -> bool:
         """Step environments until an update is due; returns False if asked to stop before."""
@@ -657,12 +655,14 @@ def evaluate(args: Args) -> None:
     trainer, frames = Trainer(dataclasses.replace(args, num_envs=1, vec="serial", env_batch_size=0, compile=False)), []
     with trainer.envs as envs:
         restore(trainer, load(args.resume))
-        trainer.returns = deque()  # of all episodes
+        trainer.returns, can_draw = deque(), envs.render_mode in ("rgb_array", "ansi")  # returns of all episodes
         trainer.start()
         while len(trainer.returns) < args.eval_episodes * envs.num_agents:
-            is_short = sum(frame.nbytes for frame in frames[:1]) * len(frames) < 2**31  # as some episodes never end
-            if is_short and envs.render_mode in ("rgb_array", "ansi") and len(trainer.returns) < envs.num_agents:
-                frames.append(np.array(envs.render()[0]))
+            if can_draw and len(trainer.returns) < envs.num_agents and len(frames) * np.size(frames[:1]) < 2**31:
+                try:
+                    frames.append(np.array(envs.render()[0]))
+                except Exception as error:  # there may be no display, and some crash if they are asked again
+                    can_draw = print(f"Cannot draw {args.env_id}: {error!r:.200}")
             trainer.act()
     returns, path = np.array(trainer.returns), Path(args.resume).with_name("eval.mp4")
     print(f"{len(returns)} episodes: return {returns.mean():.4g} +- {returns.std():.4g}", flush=True)

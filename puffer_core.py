@@ -303,8 +303,8 @@ class PettingZooPufferEnv:
 
     def __init__(self, env: Any):
         if hasattr(env, "agent_iter") or not getattr(env, "possible_agents", ()):
-            known = "a gymnasium.Env or a ParallelEnv with possible_agents (see pettingzoo.utils.aec_to_parallel)"
-            raise TypeError(f"expected {known}, got {type(env).__name__}")
+            known = "a gymnasium.Env or a ParallelEnv with possible_agents (PettingZoo: [turn_based_]aec_to_parallel)"
+            raise TypeError(f"expected {known}, got {type(env)}")
         self.env, self.possible_agents, self.num_agents = env, list(env.possible_agents), len(env.possible_agents)
         pairs = [(env.observation_space(agent), env.action_space(agent)) for agent in self.possible_agents]
         if any(pair != pairs[0] for pair in pairs):

@@ -618,6 +618,13 @@ class HumanTeam(DrawnTeam):
         return None
 
 
+class BlindTeam(DrawnTeam):
+    """Cannot draw on this machine, as MuJoCo cannot where there is no display."""
+
+    def render(self):
+        raise OSError("no display")
+
+
 def needy():
     """An environment that cannot be made."""
     raise KeyError("size")

@@ -238,7 +238,7 @@ def test_agents_with_different_spaces_are_refused_by_name():
 
 def test_what_is_no_parallel_env_is_refused():
     for env in ({}, Counter()):
-        with pytest.raises(TypeError, match=f"ParallelEnv.*got {type(env).__name__}"):
+        with pytest.raises(TypeError, match=f"ParallelEnv.*got {type(env)}"):
             PettingZooPufferEnv(env)
 
 
