@@ -71,7 +71,7 @@ class Args:
     use_lstm: bool = False  # give the agent a memory
     bptt_horizon: int = 16  # steps that gradients flow back through the memory, a divisor of num_steps
     cuda: bool = True  # train on the GPU if there is one
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the forward pass; auto: bf16 where the hardware has it
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the forward pass; auto: bf16 for large networks on a GPU
     compile: bool = False  # torch.compile the network and its loss
     checkpoint_interval: int = 50  # updates between two checkpoints, 0 for one at the end only
     eval_episodes: int = 10  # episodes that --mode eval plays
@@ -337,8 +337,7 @@ class Trainer:
         if torch.cuda.is_available() and args.cuda:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
-        cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-        has_bf16 = torch.cuda.is_bf16_supported(False) if self.device.type == "cuda" else "bf16" in cpu
+        has_bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
         torch.manual_seed(args.seed)  # all ranks begin with the same weights
         self.task = f"{envs.layout.space}, {envs.single_action_space}, {args.hidden_size=}, {args.use_lstm=}"
         self.is_team = not envs.get_attr("masks")[0].all()  # agents of a team are absent before the first reset

@@ -36,7 +36,7 @@ SCRIPTS = {  # with flags, and the library that steps the environments, if it is
     "large_puffer_ppo_atari.py": None,
     "ppo_atari_envpool.py": "envpool",
     "demo.py": None,
-    "demo.py --precision fp32": None,
+    "demo.py --precision bf16": None,
     "puffer_ppo_minihack.py": "gymnasium",
     "puffer_vec_ppo_minihack.py": None,
 }
