@@ -847,7 +847,7 @@ def test_env_fns_that_are_no_functions_are_refused(backend, make, monkeypatch):
 
 @backends
 def test_env_fns_that_return_something_else_are_refused(backend):
-    with pytest.raises((TypeError, WorkerError), match="gymnasium.Env.*got dict"):
+    with pytest.raises((TypeError, WorkerError), match="gymnasium.Env.*got <class 'dict'>"):
         backend([dict, dict])
 
 
