@@ -381,9 +381,10 @@ class Trainer:
         return len(self.returns) >= 100 and np.mean(self.returns) >= self.args.target_return
 
     def is_over(self) -> bool:
-        end = torch.zeros(1, device=self.device) + (self.stopping or self.learned >= self.total_steps or self.is_good())
-        distributed.all_reduce(end) if distributed.is_initialized() else None  # all end if one does
-        return bool(end)
+        is_over = self.stopping or self.learned >= self.total_steps or self.is_good()
+        votes = torch.tensor(float(is_over), device=self.device)
+        distributed.all_reduce(votes) if distributed.is_initialized() else None  # ranks end together
+        return bool(votes)
 
     def collect(self) -> bool:
         """Step environments until an update is due; returns False if asked to stop before."""
@@ -654,14 +655,14 @@ def evaluate(args: Args) -> None:
     trainer, frames = Trainer(dataclasses.replace(args, num_envs=1, vec="serial", env_batch_size=0, compile=False)), []
     with trainer.envs as envs:
         restore(trainer, load(args.resume))
-        trainer.returns, can_draw = deque(), envs.render_mode in ("rgb_array", "ansi")  # returns of all episodes
+        trainer.returns, trouble = deque(), "" if envs.render_mode in ("rgb_array", "ansi") else "no such render_mode"
         trainer.start()
         while len(trainer.returns) < args.eval_episodes * envs.num_agents:
-            if can_draw and len(trainer.returns) < envs.num_agents and len(frames) * np.size(frames[:1]) < 2**31:
-                try:
+            if not trouble and len(trainer.returns) < envs.num_agents and len(frames) * np.size(frames[:1]) < 2**31:
+                try:  # until 2 GiB, as some episodes never end
                     frames.append(np.array(envs.render()[0]))
                 except Exception as error:  # there may be no display, and some crash if they are asked again
-                    can_draw = print(f"Cannot draw {args.env_id}: {error!r:.200}")
+                    trouble = repr(error)
             trainer.act()
     returns, path = np.array(trainer.returns), Path(args.resume).with_name("eval.mp4")
     print(f"{len(returns)} episodes: return {returns.mean():.4g} +- {returns.std():.4g}", flush=True)
@@ -673,7 +674,7 @@ def evaluate(args: Args) -> None:
         path, lines = path.with_suffix(".cast"), [{"version": 2, "width": 80, "height": 24}]
         lines += [[at / 5, "o", "\033[H\033[2J" + str(frame).replace("\n", "\r\n")] for at, frame in enumerate(frames)]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    print(f"Recorded {path}" if frames else f"{args.env_id} cannot draw itself, so nothing was recorded")
+    print(f"Recorded {path}" if frames else f"{args.env_id} cannot draw itself, so nothing was recorded: {trouble}")
 
 
 SEARCH = {"learning_rate": (1e-4, 1e-2), "ent_coef": (1e-4, 0.1), "gae_lambda": (0.8, 0.99), "gamma": (0.9, 0.999)}

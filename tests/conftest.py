@@ -8,10 +8,6 @@ from pathlib import Path
 import pytest
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "alone: measures time, so no other test may run beside it")
-
-
 @contextlib.contextmanager
 def locked(name, how):
     """Hold a lock that is a file of this directory, so that nothing has to be removed afterwards."""

@@ -836,7 +836,7 @@ def test_copies_are_refused(backend):
 
 
 @backends
-@pytest.mark.parametrize("make", [None, 3, [3], ["CartPole"], [], Counter, [Counter()]], ids=range(7))
+@pytest.mark.parametrize("make", [None, 3, [3], ["CartPole-v1"], [], Counter, [Counter()]], ids=range(7))
 def test_env_fns_that_are_no_functions_are_refused(backend, make, monkeypatch):
     ignored = []
     monkeypatch.setattr(sys, "unraisablehook", ignored.append)
