@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 import gymnasium as gym
 import numpy as np
 import psutil
-import torch
+import torch.distributed.nn  # here, as its functions hold for ever the process group there is when it is imported
 import tyro
 from gymnasium import spaces
 from gymnasium.envs.registration import load_env_creator
@@ -742,8 +742,8 @@ def main() -> None:
     distributed.init_process_group() if WORLD_SIZE > 1 else None
     modes = {"train": train, "eval": evaluate, "sweep": partial(sweep, chosen=chosen)}
     modes.get(args.mode, partial(autotune, chosen=chosen))(args)
-    if WORLD_SIZE > 1:
-        gc.collect(), distributed.destroy_process_group()  # or its threads outlive it, and may abort Python at its end
+    if WORLD_SIZE > 1:  # with all that holds it, or its threads outlive it, and may abort Python at its end
+        gc.collect(), distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
