@@ -71,7 +71,7 @@ Leaf = namedtuple("Leaf", "path space dtype shape start stop bounds")
 
 
 def _plan(space: spaces.Space, path: str) -> tuple[np.dtype, list[Leaf], Callable, Callable]:
-    """Return a space's dtype and leaves, a function from a sample to its leaves' values, and one back from these."""
+    """Return a space's dtype and leaves, a function from a sample to leaves' values, and one back from an iterator."""
     if not isinstance(space, (spaces.Dict, spaces.Tuple)) or len(space) == 0:
         box = batch_space(batch_space(space, 1), 1)  # once makes a MultiDiscrete of a Discrete, twice a Box of them all
         if not isinstance(box, spaces.Box) or not box.dtype.isnative:
@@ -105,17 +105,15 @@ def _plan(space: spaces.Space, path: str) -> tuple[np.dtype, list[Leaf], Callabl
 
 def _cast(leaf: Leaf, value: Any) -> np.ndarray:
     """Return a value as a contiguous array of its leaf's shape and dtype."""
-    try:
+    with contextlib.suppress(ValueError):  # of a ragged list
         array = np.asarray(value, order="C")
-    except ValueError:  # a ragged list
-        array = np.array(None)
-    if array.shape == leaf.shape and array.dtype.kind in "biuf":
-        if array.dtype == leaf.bounds.dtype:
-            return array
-        with np.errstate(all="ignore"):
-            cast = array.astype(leaf.dtype)
-        if cast.dtype.kind == "f" or np.array_equal(cast, array):
-            return cast
+        if array.shape == leaf.shape and array.dtype.kind in "biuf":
+            if array.dtype == leaf.bounds.dtype:
+                return array
+            with np.errstate(all="ignore"):
+                cast = array.astype(leaf.dtype)
+            if cast.dtype.kind == "f" or np.array_equal(cast, array):
+                return cast
     raise ValueError(f"{leaf.path}: need {leaf.shape} {leaf.dtype}, got {getattr(value, 'shape', '')} {value!r:.60}")
 
 
@@ -199,8 +197,7 @@ class Layout:
         (size,), is_numpy = self.flat_space.shape, isinstance(flat, np.ndarray)
         named = np.dtype if is_numpy else partial(getattr, sys.modules["torch"])
         if flat.dtype != named(self._flat_dtype) or flat.shape[-1] != size:
-            expected = f"rows of {size} {self._flat_dtype}, uncast"
-            raise ValueError(f"expected {expected}, got {flat.dtype} of shape {tuple(flat.shape)}")
+            raise ValueError(f"need rows of {size} {self._flat_dtype}, uncast, got {flat.dtype} {tuple(flat.shape)}")
         if is_numpy and size:  # nine fields of a struct, MiniHack's, take half as long as slices, views and reshapes
             rows = flat.view(self._struct)[..., 0]
             return self._build(iter([rows[path] for path in self._struct.names]))
@@ -224,8 +221,8 @@ class ActionLayout:
             raise TypeError(f"Box leaves (True) and others cannot be mixed in one flat action: {is_box}")
         low, high = np.concatenate([leaf.bounds for leaf in self._leaves], axis=1)
         self._ends, self._start = np.cumsum([leaf.bounds.shape[1] for leaf in self._leaves])[:-1], 0
-        self._numbers = range(space.start, space.start + space.n) if isinstance(space, spaces.Discrete) else range(0)
-        self.valid = {number: space.dtype.type(number) for number in self._numbers[: 2**12]}
+        numbers = range(space.start, space.start + space.n) if isinstance(space, spaces.Discrete) else ()
+        self.valid = {number: space.dtype.type(number) for number in numbers[: 2**12]}
         if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.Box)):
             self.flat_space = space
         elif all(is_box.values()):
@@ -239,11 +236,8 @@ class ActionLayout:
     def unflatten(self, flat: Any) -> Any:
         """Return a sample of the space, Box values clipped and rounded; ValueError: wrong shape, NaN, out of range."""
         try:
-            if (number := operator.index(flat)) in self.valid:  # a Discrete's: 0.2 us, where what follows takes 8
-                return self.valid[number]
-            if number in self._numbers:
-                return self.space.dtype.type(number)
-        except TypeError:  # not one integer
+            return self.valid[operator.index(flat)]  # a Discrete's: 0.2 us, where what follows takes 8
+        except (KeyError, TypeError):  # not one integer, or none of these
             pass
         values, is_box = np.asarray(flat), isinstance(self.flat_space, spaces.Box)
         fits = not np.isnan(values).any() if is_box else values.dtype.kind in "biu" and self.flat_space.contains(values)
@@ -251,13 +245,12 @@ class ActionLayout:
             raise ValueError(f"expected an action in {self.flat_space}, got {flat}")
 
         def take(leaf: Leaf, part: np.ndarray) -> Any:
-            if isinstance(leaf.space, spaces.Discrete):
-                return leaf.space.dtype.type(part[0])
             if leaf.bounds.dtype.kind == "f":
                 part = part.clip(*leaf.bounds)
             elif is_box:  # by Python's exact numbers: 2**63 is a float, but no int64
                 part = [round(min(max(x, low), high)) for x, low, high in zip(part.tolist(), *leaf.bounds.tolist())]
-            return np.array(part, leaf.dtype).reshape(leaf.shape)
+            value = np.array(part, leaf.dtype).reshape(leaf.shape)
+            return value if is_box else value[()]  # a Discrete's is a scalar
 
         return self._build(map(take, self._leaves, np.split(values.ravel() + self._start, self._ends)))
 
@@ -296,7 +289,7 @@ class PettingZooPufferEnv:
     """A PettingZoo ParallelEnv as rows: row i is `possible_agents[i]`'s for ever, and zero while that has nothing.
 
     `step` takes a flat action a row, ignored where its agent is not alive; it returns rows, and infos by agent.
-    `episode_over` tells whether every agent's part has ended. TypeError: agents whose spaces differ.
+    After a step, `episode_over` tells whether every agent's part has ended. TypeError: agents whose spaces differ.
     """
 
     reset, env = GymnasiumPufferEnv.reset, None  # until there is one: a copy that is being made asks for attributes
@@ -370,7 +363,7 @@ class PettingZooPufferEnv:
 
 
 class EpisodeStats(gymnasium.wrappers.RecordEpisodeStatistics):
-    """Clears infos but an episode's last, whose "episode" has return `r`, length `l`, seconds `t`, and infos' sums."""
+    """Clears infos but for the "episode" of its last one: return `r`, length `l`, seconds `t`, and numbers' sums."""
 
     def __init__(self, env: gymnasium.Env, buffer_length: int = 100, stats_key: str = "EpisodeStats"):
         super().__init__(env, buffer_length, stats_key)  # not "episode", which the environment may use itself
@@ -423,9 +416,9 @@ class _Shard:
     def constructor(self, indices: Sequence[int], num_envs: int, path: str, infos: str) -> list:
         for index, env_fn in enumerate(self.env_fns):
             self.progress[0] = index
-            env = env_fn()
+            self.envs.append(env := env_fn())  # first, so that it is closed also if no adapter takes it
             adapter = GymnasiumPufferEnv if isinstance(env, gymnasium.Env) else PettingZooPufferEnv
-            self.envs.append(env if isinstance(env, adapter) else adapter(env))
+            self.envs[index] = env if isinstance(env, adapter) else adapter(env)
         env, count, self.all_infos = self.envs[0], self.envs[0].num_agents, infos == "all"
         own = slice(indices[0] * count, (indices[-1] + 1) * count)
         self.rows = _map_rows(path, num_envs * count, env.observation_space, env.action_space, own)
@@ -446,19 +439,19 @@ class _Shard:
         for index, (env, agents) in enumerate(zip(self.envs, self.slices)):  # here, where all are known to be alike
             where, is_patched = agents if self.is_team else index, vars(env).keys() & {"step", "observation"}
             row = rows.observations[where, ...]  # an array even if it has no dimensions
+            space = batch_space(env.observation_space, env.num_agents) if self.is_team else env.observation_space
+            turn = env, lambda action: action, (fill := Layout(space).writer(row))
             if type(env) is GymnasiumPufferEnv and not is_patched:  # its step is taken apart: 2.5 us less of its time
                 turn = env.env, env.action_layout.unflatten, env.layout.writer(row)
             elif type(env) is PettingZooPufferEnv and not is_patched:
                 turn = SimpleNamespace(step=env._play), lambda actions: actions, env.writer(row)
-            else:
-                space = batch_space(env.observation_space, env.num_agents) if self.is_team else env.observation_space
-                turn = env, lambda action: action, Layout(space).writer(row)
-            self.turns.append((*turn, where))
+            self.turns.append((*turn, where, fill))
         return [said for index, seed in enumerate(seeds) for said in self._begin(index, seed, options).items()]
 
     def _begin(self, index: int, seed: int | None = None, options: dict | None = None) -> dict[int, dict]:
         self.progress[0], where = index, self.slices[index]
-        self.rows.observations[where], info = self.envs[index].reset(seed=seed, options=options)
+        observation, info = self.envs[index].reset(seed=seed, options=options)
+        self.turns[index][-1](observation)
         self.rows.masks[where] = self.envs[index].masks
         return self._by_row(index, info) if self.all_infos else {}
 
@@ -471,8 +464,8 @@ class _Shard:
         rewards, said = rows.rewards if is_team else rows.rewards.data, []
         rows.terminations.fill(False)
         rows.truncations.fill(False)
-        actions = rows.actions.tolist() if self.is_discrete else rows.actions
-        for index, (env, decode, write, where) in enumerate(self.turns):
+        actions = rows.actions.tolist() if self.is_discrete else rows.actions.copy()  # as an environment may keep its
+        for index, (env, decode, write, where, _) in enumerate(self.turns):
             progress[0], action = index, actions[where]
             action = known[action] if action in known else decode(action)
             observation, reward, terminated, truncated, info = env.step(action)
@@ -525,8 +518,6 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
     `env_fns`, `zero_copy` and `infos` are as in `Multiprocessing`. What an environment raises comes through as it is.
     """
 
-    closed = True  # until there is something to close
-
     def __getstate__(self) -> dict:
         raise TypeError(f"{type(self).__name__} shares the memory of its rows, so it cannot be copied or pickled")
 
@@ -561,7 +552,7 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         self._per_worker, self._group_size, self._groups_per_batch = per_worker, size, batch_size // per_worker // size
         self._finished, self._ready, self._busy = [0] * (num_workers // size), deque(), []
         self._replies, self._said = [()] * num_workers, [()] * num_workers  # to commands; to steps and resets
-        self._expected, self.closed = "async_reset", False
+        self._expected = "async_reset"
 
     def _construct(self, infos: str) -> None:
         memfd = hasattr(os, "memfd_create")  # memory without a name, so that none can be left behind
@@ -608,7 +599,7 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         return self.recv()[:5]
 
     def async_reset(self, seed: int | Sequence[int | None] | None = None, options: dict | None = None) -> None:
-        """Reset all environments, whatever they are doing: environment i with the seed `seed + i`, or a list's i-th."""
+        """Reset all, once steps under way have ended: environment i with the seed `seed + i`, or a list's i-th."""
         if "reset_mask" in (options or ()):
             raise ValueError("options: no reset_mask, as environments whose episode ends are reset in the same step")
         if np.ndim(seed) == 0:
@@ -684,8 +675,11 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
             self._ready.clear()  # drops the results of steps that were under way
         for worker in range(self.num_workers):
             self._request(worker, name, per_env[worker * self._per_worker :][: self._per_worker], *shared)
-        if name != "reset":
-            self._wait()
+        if name == "reset":
+            return []
+        self._wait()
+        for failure in (reply for reply in self._replies if isinstance(reply, WorkerError)):
+            raise failure
         return [result for own in self._replies for result in own]
 
     def _finish(self, worker: int, request: str, reply: Any) -> None:
@@ -709,8 +703,9 @@ class _Line:
 
     First the rows are written, then the flag, then the bell is rung; the other side sees the flag, takes a ring, and
     only then reads the rows. On x86 the flag would do, but a weakly ordered CPU (ARM, POWER) needs a store-release and
-    a load-acquire, which the semaphore is; where the parent takes another worker's ring, as this one's is nanoseconds
-    behind its flag, only time stands in for them. As no ring gets lost, a side that stops spinning may sleep.
+    a load-acquire, which the semaphore is; not where two workers reply at once and the parent takes the other's ring:
+    there, that this one's is nanoseconds behind its flag has to do. No ring gets lost, so whoever stops spinning may
+    sleep.
     """
 
     def __init__(self, control: Any, index: int, connection: Any, worker_bell: Any, parent_bell: Any):
@@ -726,7 +721,7 @@ class _Line:
             with contextlib.suppress(ConnectionError):  # the other side is dead, which each notices elsewhere
                 self.connection.send_bytes(message)
 
-    def next_request(self) -> tuple[str, tuple] | None:
+    def next_request(self) -> bytes | None:
         """As a worker, wait until the parent asks for something; None when it closes: a ring without a flag."""
         start = time.perf_counter()
         deadline = start + SPIN_SECONDS * (self.waited < SPIN_SECONDS)
@@ -734,7 +729,7 @@ class _Line:
             _yield()
         self.worker_bell.acquire()
         self.waited = time.perf_counter() - start
-        return self.connection.recv() if self.flag[0] == COMMAND else ("step", ()) if self.flag[0] == STEP else None
+        return self.connection.recv_bytes() if self.flag[0] == COMMAND else b"" if self.flag[0] == STEP else None
 
 
 def _worker(is_main: bool, env_fns: CloudpickleWrapper, *line_arguments: Any) -> None:
@@ -753,15 +748,16 @@ def _worker(is_main: bool, env_fns: CloudpickleWrapper, *line_arguments: Any) ->
     signal.signal(signal.SIGTERM, lambda *_: None)  # so is this; SIG_IGN would pass to programs that environments run
     os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))  # as this would to forks
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
-    limits = {"torch": "set_num_threads", "cv2": "setNumThreads", "threadpoolctl": "threadpool_limits"}
-    for library in limits if "torch" in sys.modules else ("cv2", "threadpoolctl"):
-        with contextlib.suppress(Exception):  # not installed, or broken
-            getattr(__import__(library), limits[library])(1)  # every worker has one core, not all of them
+    # Every worker has one core, not all of them
+    for name, limit in ("torch", "set_num_threads"), ("cv2", "setNumThreads"), ("threadpoolctl", "threadpool_limits"):
+        with contextlib.suppress(Exception):  # not installed, broken, or a torch that nothing here has imported yet
+            getattr(sys.modules[name] if name == "torch" else __import__(name), limit)(1)
     random.seed(), np.random.seed()  # a fork starts with its parent's random state
     line = _Line(*line_arguments)
     with contextlib.suppress(EOFError, OSError), contextlib.closing(_Shard(env_fns.fn, line.progress)) as shard:
-        for name, arguments in iter(line.next_request, None):  # an EOFError: the parent is gone
+        for request in iter(line.next_request, None):  # an EOFError: the parent is gone
             try:
+                name, arguments = pickle.loads(request) if request else ("step", ())
                 if name == "reset" and arguments[0][0] is not None:  # for environments that use the global generators
                     random.seed(arguments[0][0]), np.random.seed(arguments[0][0] % 2**32)
                 reply = getattr(shard, name)(*arguments)
@@ -782,7 +778,7 @@ def _shut_down(lines: list[_Line], seconds: float) -> None:
             time.sleep(SPIN_SECONDS)  # `join` would also wait for forks that an environment leaves behind
     finally:  # also on Ctrl-C, or Python would wait for ever for one that hangs
         for process in running:
-            if process.is_alive() and seconds >= 1:  # else, they were not meant to finish
+            if process.is_alive() and seconds > 0.3:  # else, they were not meant to finish
                 gymnasium.logger.warn(f"{process.name} did not close in {seconds:g} s, is killed; see close(timeout=)")
             process.kill(), process.join(1.0)  # nothing to one that has ended
 
@@ -874,8 +870,8 @@ class Multiprocessing(Serial):
             failure, reply = line.connection.recv() if line.flag[0] == MESSAGE else (None, ())
             line.flag[0] = DONE  # so that, whatever interrupts the next request, nobody waits for a second message
             self._busy.remove(line)
-            if failure is None:
-                return self._finish(line.index, line.request, reply)
+            if failure is None or line.request == "call":  # whose failure `_command` raises once all have answered
+                return self._finish(line.index, line.request, self._error(line, failure) if failure else reply)
         except (EOFError, OSError):
             failure = None
         except BaseException:  # Ctrl-C, perhaps within a message, or one that cannot be unpickled: there is no way on
@@ -885,16 +881,15 @@ class Multiprocessing(Serial):
 
     def _fail(self, line: _Line, cause: str | None = None) -> None:
         """Raise a WorkerError; without a `cause`, because the process is dead."""
-        if died := cause is None:
+        if cause is None:
             line.process.join(1.0)
             code, killed = line.process.exitcode or 0, {-one: f"killed by {one.name}" for one in signal.Signals}
             cause = killed.get(code, f"the process exited with code {code}")
             if line.request == "constructor" and code == 1:
                 cause += "; under spawn and forkserver, a script needs `if __name__ == '__main__':` around what it runs"
-        if died or line.request != "call":  # close fast: whoever gets the error should not have to wait for it
-            _shut_down(self._lines, seconds=0.3)
-            self.closed = True
-        else:
-            with contextlib.suppress(WorkerError):
-                self._wait()  # for the others, so that none of them fails a later call
-        raise WorkerError(line.index * self._per_worker + line.progress[0], line.index, line.request, cause)
+        _shut_down(self._lines, seconds=0.3)  # fast: whoever gets the error should not have to wait for it
+        self.closed = True
+        raise self._error(line, cause)
+
+    def _error(self, line: _Line, cause: str) -> WorkerError:
+        return WorkerError(line.index * self._per_worker + line.progress[0], line.index, line.request, cause)

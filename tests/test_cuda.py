@@ -58,11 +58,15 @@ def test_an_update_on_the_gpu_is_that_of_the_cpu(env_id, use_lstm, monkeypatch):
             other.optimizer.load_state_dict(copy.deepcopy(one.optimizer.state_dict()))
 
 
-@pytest.mark.parametrize("ways", [
-    {},
-    {"vec": "multiprocessing", "num_workers": 4, "env_batch_size": 2},
-    {"vec": "multiprocessing", "num_workers": 4, "env_batch_size": 2, "zero_copy": False},
-], ids=["in step", "first-ready", "gathered"])
+@pytest.mark.parametrize(
+    "ways",
+    [
+        {},
+        {"vec": "multiprocessing", "num_workers": 4, "env_batch_size": 2},
+        {"vec": "multiprocessing", "num_workers": 4, "env_batch_size": 2, "zero_copy": False},
+    ],
+    ids=["in step", "first-ready", "gathered"],
+)
 @pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "CartPole-v1", "envs:FloatTeam"])
 def test_recomputed_logprobs_equal_the_sampled_ones(env_id, ways):
     """And what the policy saw is what the environments sent: no copy to the device was overtaken by the next batch."""
@@ -136,10 +140,19 @@ def test_a_run_is_resumed_and_played_on_either_device(flags):
         assert "1 episodes: return" in played.stdout, played.stderr
 
 
-@pytest.mark.parametrize("script", [
-    *("vanilla_ppo_atari.py", "ppo_atari.py", "large_ppo_atari.py", "puffer_ppo_atari.py", "large_puffer_ppo_atari.py"),
-    *("ppo_atari_envpool.py", "puffer_ppo_minihack.py", "puffer_vec_ppo_minihack.py"),
-])
+@pytest.mark.parametrize(
+    "script",
+    [
+        *(
+            "vanilla_ppo_atari.py",
+            "ppo_atari.py",
+            "large_ppo_atari.py",
+            "puffer_ppo_atari.py",
+            "large_puffer_ppo_atari.py",
+        ),
+        *("ppo_atari_envpool.py", "puffer_ppo_minihack.py", "puffer_vec_ppo_minihack.py"),
+    ],
+)
 def test_every_script_trains_on_the_gpu(script):
     done = run(script, *[flag for flag in TINY if flag != "--no-cuda"], *OWN_FLAGS.get(script, ()))
     assert done.returncode == 0 and BATCH in dict(done.scalars("charts/SPS")), done.stderr

@@ -1022,7 +1022,20 @@ def test_a_reset_of_some_is_refused(backend):
         assert envs.step(np.zeros(2, int))[0][:, 2].tolist() == [1, 1]  # nothing has happened
 
 
-@pytest.mark.parametrize("cut_short", ["unpicklable", "interrupted"])
+class Unloadable:
+    def __reduce__(self):
+        return int, ("no number",)  # what unpickling calls
+
+
+def test_an_argument_that_workers_cannot_unpickle_is_told():
+    with Multiprocessing([functools.partial(Counter, 99)] * 4, num_workers=2) as envs:
+        envs.reset(seed=1)
+        with pytest.raises(WorkerError, match="(?s)call.*invalid literal"):
+            envs.set_attr("tag", Unloadable())
+        assert envs.step(np.zeros(4, int))[0][:, 2].tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("cut_short", ["unpicklable", "interrupted", "failing"])
 def test_a_call_that_is_cut_short_spoils_nothing(cut_short):
     with Multiprocessing([functools.partial(Counter, 99)] * 4, num_workers=4) as envs:
         envs.reset(seed=1)
@@ -1032,10 +1045,45 @@ def test_a_call_that_is_cut_short_spoils_nothing(cut_short):
         else:
             waits = [None, KeyboardInterrupt]  # first for all to be free, then for their replies
             with mock.patch.object(envs, "_wait", side_effect=waits), pytest.raises(KeyboardInterrupt):
-                envs.call("plus", 1)
+                envs.call(*{"interrupted": ("plus", 1), "failing": ("nothing_like_it",)}[cut_short])
         for step in (1, 2):
             assert envs.step(np.zeros(4, int))[0][:, [0, 2]].tolist() == [[seed, step] for seed in (1, 2, 3, 4)]
         assert envs.get_attr("seed") == (1, 2, 3, 4)
+
+
+class Delta(puffer_core.GymnasiumPufferEnv):
+    """Remembers its last action, and says how far the next one is from it."""
+
+    last = np.zeros(3, np.float32)
+
+    def step(self, action):
+        *result, info = super().step(action)
+        result[1], self.last = float(np.abs(action - self.last).sum()), action
+        return *result, info
+
+
+class Cropped(puffer_core.GymnasiumPufferEnv):
+    def observation(self, observation):
+        return super().observation(observation)[:1]
+
+
+def test_an_adapter_of_ones_own_may_keep_its_actions():
+    with Serial([lambda: Delta(Actor(spaces.Box(-9, 9, (3,))))]) as envs:
+        envs.reset()
+        rewards = [envs.step(np.full((1, 3), number, np.float32))[1].item() for number in range(4)]
+        assert rewards == [0, 3, 3, 3]
+
+
+def test_a_wrong_first_observation_of_an_adapter_of_ones_own_is_refused():
+    with Serial([lambda: Cropped(Counter())]) as envs, pytest.raises(ValueError, match=r"need \(5,\).*got \(1,\)"):
+        envs.reset(seed=7)
+
+
+def test_an_env_that_no_adapter_takes_is_closed():
+    env = Actor(spaces.Text(3))
+    with mock.patch.object(env, "close") as close, pytest.raises(TypeError, match="Text"):
+        Serial([lambda: env])
+    close.assert_called_once()
 
 
 @backends
