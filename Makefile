@@ -40,10 +40,10 @@ test-matrix: .venvs/gymnasium-1.4.0/.ready .venvs/numpy-1.26.4/.ready  ## the co
 		echo "== $$venv"; $$venv/bin/python -m pytest $(CORE_TESTS) $(ARGS) || failed="$$failed $$venv"; \
 	done; test -z "$$failed" || { echo "failed under:$$failed"; exit 1; }
 
-# The file is written last, so an installation that was cut short is taken up again.
+# The file is written last, so an installation that was cut short, or began with a wrong Python, starts anew.
 .venv/.ready: requirements.txt
 	@echo "Setting up .venv; this takes about 2 minutes."
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 	.venv/bin/python $(PIP) -r requirements.txt
 	@touch $@
 
