@@ -170,20 +170,20 @@ def leaves_of(nested: Any) -> list:
 
 # ----------------------------------------------------------------------------------------------------------- networks
 class Leaf(nn.Module):
-    """Reads pictures by the convolutions of Mnih et al. 2015; categories one-hot, bytes from 0 to 1, others near 1."""
+    """Reads pictures by the convolutions of Mnih et al. 2015, categories one-hot, bytes as 0 to 1, others by asinh."""
 
     def __init__(self, space: spaces.Space, width: int):
         super().__init__()
         sizes = getattr(space, "nvec", getattr(space, "n", ())) if not isinstance(space, spaces.MultiBinary) else ()
         self.space, self.sizes, self.is_image = space, np.ravel(sizes).tolist(), kind_of(space) == "images"
-        self.order = (0, 3, 1, 2) if self.is_image and space.shape[2] < space.shape[0] else (0, 1, 2, 3)
+        self.is_last = self.is_image and space.shape[2] < space.shape[0]
         self.starts = np.ravel(getattr(space, "start", 0)).tolist()
         first = convolutions((32, 8, 4), (64, 4, 2), (64, 3, 1)) if self.is_image else nn.Flatten()
         self.network = nn.Sequential(first, nn.LazyLinear(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_image:
-            x = x.permute(self.order).contiguous(memory_format=torch.channels_last)  # as bytes, that is quicker
+            x = (x if self.is_last else torch.stack(x.unbind(1), -1)).permute(0, 3, 1, 2)  # quicker than `contiguous`
             dtype = torch.bfloat16 if torch.is_autocast_enabled(x.device.type) else torch.float32  # both hold bytes
             return self.network(x.to(dtype).mul_(1 / 255.0))
         if self.sizes:  # the rows of absent agents are zero, which may be no category
@@ -493,7 +493,7 @@ class Trainer:
             self.losses, self.iteration = dict(zip(names.split(), torch.stack(means).tolist())), self.iteration + 1
             self.learned += int(sums[7])  # which ends a run, as ranks and first-ready updates differ in size
         if not np.isfinite(self.losses["grad_norm"]):
-            raise FloatingPointError("gradients are not finite: rewards may not be, or the learning rate is too high")
+            raise FloatingPointError("gradients are not finite: look at observations, rewards and the learning rate")
 
     def learn(self, index: torch.Tensor) -> torch.Tensor:
         """Take one gradient step on a minibatch of sequences, `(sequences, horizon)`; returns what to log."""
@@ -581,7 +581,7 @@ class Dashboard(contextlib.ExitStack):
         self.writer, lines = SummaryWriter(folder), [f"|{name}|{value}|" for name, value in vars(self.args).items()]
         self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *lines]))
         self.callback(self.writer.close)
-        self.enter_context(live.Live(get_renderable=self.render)) if self.is_live else None
+        self.enter_context(live.Live(get_renderable=self.render, refresh_per_second=1)) if self.is_live else None
 
     def log(self, is_last: bool) -> None:
         trainer, now, cuda = self.trainer, time.perf_counter(), torch.cuda
