@@ -14,7 +14,7 @@ train: .venv/.ready  ## train on Breakout, two or three minutes on 2 cores; ARGS
 	.venv/bin/python -u puffer_ppo_atari.py --total-timesteps 24576 $(ARGS)
 	@echo "Curves of this and all other runs: .venv/bin/tensorboard --logdir runs"
 
-test: .venv/.ready  ## run all tests, two at a time, 7 to 10 minutes; ARGS="-k ladder" passes flags
+test: .venv/.ready  ## run all tests, two at a time, 7 to 12 minutes; ARGS="-k ladder" passes flags
 	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/.ready  ## check style and spelling

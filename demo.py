@@ -176,14 +176,14 @@ class Leaf(nn.Module):
         super().__init__()
         sizes = getattr(space, "nvec", getattr(space, "n", ())) if not isinstance(space, spaces.MultiBinary) else ()
         self.space, self.sizes, self.is_image = space, np.ravel(sizes).tolist(), kind_of(space) == "images"
-        self.is_last = self.is_image and space.shape[2] < space.shape[0]
+        self.is_nhwc = self.is_image and space.shape[2] < space.shape[0]
         self.starts = np.ravel(getattr(space, "start", 0)).tolist()
         first = convolutions((32, 8, 4), (64, 4, 2), (64, 3, 1)) if self.is_image else nn.Flatten()
         self.network = nn.Sequential(first, nn.LazyLinear(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_image:
-            x = (x if self.is_last else torch.stack(x.unbind(1), -1)).permute(0, 3, 1, 2)  # quicker than `contiguous`
+            x = (x if self.is_nhwc else torch.stack(x.unbind(1), -1)).permute(0, 3, 1, 2)  # quicker than `contiguous`
             dtype = torch.bfloat16 if torch.is_autocast_enabled(x.device.type) else torch.float32  # both hold bytes
             return self.network(x.to(dtype).mul_(1 / 255.0))
         if self.sizes:  # the rows of absent agents are zero, which may be no category

@@ -445,7 +445,7 @@ class _Shard:
                 turn = env.env, env.action_layout.unflatten, env.layout.writer(row)
             elif type(env) is PettingZooPufferEnv and not is_patched:
                 turn = SimpleNamespace(step=env._play), lambda actions: actions, env.writer(row)
-            self.turns.append((*turn, where, fill))
+            self.turns.append((*turn, where, fill))  # which takes what a reset returns
         return [said for index, seed in enumerate(seeds) for said in self._begin(index, seed, options).items()]
 
     def _begin(self, index: int, seed: int | None = None, options: dict | None = None) -> dict[int, dict]:
@@ -464,7 +464,7 @@ class _Shard:
         rewards, said = rows.rewards if is_team else rows.rewards.data, []
         rows.terminations.fill(False)
         rows.truncations.fill(False)
-        actions = rows.actions.tolist() if self.is_discrete else rows.actions.copy()  # as an environment may keep its
+        actions = rows.actions.tolist() if self.is_discrete else rows.actions.copy()  # an adapter may keep its own
         for index, (env, decode, write, where, _) in enumerate(self.turns):
             progress[0], action = index, actions[where]
             action = known[action] if action in known else decode(action)
@@ -767,7 +767,7 @@ def _worker(is_main: bool, env_fns: CloudpickleWrapper, *line_arguments: Any) ->
             line.publish(MESSAGE if message else DONE, line.parent_bell, message)
 
 
-def _shut_down(lines: list[_Line], seconds: float) -> None:
+def _shut_down(lines: list[_Line], seconds: float, warns: bool) -> None:
     """Ask the workers to close and wait; kill those that do not."""
     for line in lines:
         line.worker_bell.release(), line.worker_bell.release()  # one may be for a request that Ctrl-C left without
@@ -778,7 +778,7 @@ def _shut_down(lines: list[_Line], seconds: float) -> None:
             time.sleep(SPIN_SECONDS)  # `join` would also wait for forks that an environment leaves behind
     finally:  # also on Ctrl-C, or Python would wait for ever for one that hangs
         for process in running:
-            if process.is_alive() and seconds > 0.3:  # else, they were not meant to finish
+            if warns and process.is_alive():
                 gymnasium.logger.warn(f"{process.name} did not close in {seconds:g} s, is killed; see close(timeout=)")
             process.kill(), process.join(1.0)  # nothing to one that has ended
 
@@ -804,11 +804,12 @@ class Multiprocessing(Serial):
     def __init__(self, env_fns: Sequence[Callable], num_workers: int | None = None, batch_size: int | None = None,
                  zero_copy: bool = True, context: str | None = None, infos: str = "final"):
         self._lines, self._looked, self._waited = [], time.perf_counter(), 0.0
-        limit = {"seconds": CLOSE_SECONDS}
+        limit = {"seconds": CLOSE_SECONDS, "warns": True}
         shut_down = multiprocessing.util.Finalize(self, _shut_down, [self._lines], limit, exitpriority=1)
 
         def close_extras(timeout: float | None = None, terminate: bool = False) -> None:  # also at this process's end
-            limit["seconds"] = 0.0 if terminate else CLOSE_SECONDS if timeout is None else timeout
+            seconds = CLOSE_SECONDS if timeout is None else timeout
+            limit.update(seconds=0.0 if terminate else seconds, warns=not terminate)
             shut_down()
 
         self.close_extras = close_extras
@@ -887,7 +888,7 @@ class Multiprocessing(Serial):
             cause = killed.get(code, f"the process exited with code {code}")
             if line.request == "constructor" and code == 1:
                 cause += "; under spawn and forkserver, a script needs `if __name__ == '__main__':` around what it runs"
-        _shut_down(self._lines, seconds=0.3)  # fast: whoever gets the error should not have to wait for it
+        _shut_down(self._lines, 0.3, warns=False)  # fast: whoever gets the error should not have to wait for it
         self.closed = True
         raise self._error(line, cause)
 

@@ -197,19 +197,16 @@ def speed(folder: Path = RESULTS) -> str:
             rows.append([result["title"], name, ours["mode"], of_limit, *texts])
     hardware, version = result["hardware"], result["libraries"]["pufferlib-core"]
     cores = hardware["cores"]
-    text = (
-        f"In parentheses: ours divided by theirs, bold below 1; ~ marks a draw: fewer than nine in ten pairs "
-        f"of turns, one of ours and one of theirs, agree on who is ahead. Every cell is a library's fastest "
-        f'mode at its best settings, where BENCHMARKS.md compares mode with mode. Environments of "100 us" '
-        f"compute that long a step; with a spread of 100 %, times are exponentially distributed; with slow "
-        f"resets, a step in 100 ends the episode, and the reset takes as long as 100 steps. Of ours, `Serial` "
-        f'steps in this process and "sync" in workers, all together; "first-ready" returns the half that is '
-        f'ready first, as blocks of neighbors or, "gathered", from anywhere. If a step takes a few '
-        f"microseconds, workers gain little: try `Serial` too. The limit is {cores} times one bare process. "
-        f"PufferLib is `pufferlib-core` {version}, a copy that others publish. Measured on {cores} cores of "
-        f"{hardware['cpu']}; [BENCHMARKS.md](BENCHMARKS.md) has every row, spread and command, and `make "
-        f"bench` measures anew."
-    )
+    text = f"""In parentheses: ours divided by theirs, bold below 1; ~ marks a draw: fewer than nine in ten
+pairs of turns, one of ours and one of theirs, agree on who is ahead. Every cell is a library's fastest mode
+at its best settings, where BENCHMARKS.md compares mode with mode. Environments of "100 us" compute that long
+a step; with a spread of 100 %, times are exponentially distributed; with slow resets, a step in 100 ends the
+episode, and the reset takes as long as 100 steps. Of ours, `Serial` steps in this process and "sync" in
+workers, all together; "first-ready" returns the half that is ready first, as blocks of neighbors or,
+"gathered", from anywhere. If a step takes a few microseconds, workers gain little: try `Serial` too. The
+limit is {cores} times one bare process. PufferLib is `pufferlib-core` {version}, a copy that others publish.
+Measured on {cores} cores of {hardware['cpu']}; [BENCHMARKS.md](BENCHMARKS.md) has every row, spread and
+command, and `make bench` measures anew."""
     return f"""![Agent steps per second by environment and vectorizer]({CHARTS}/speed.png)
 
 {table(("agent steps a second", "ours", "its mode", "of the limit", *columns), rows)}

@@ -1,7 +1,6 @@
 """What the ranks of tests/test_demo_distributed.py do, under torchrun: ranks.py WHAT DIRECTORY."""
 
 import gc
-import glob
 import os
 import signal
 import sys
@@ -93,5 +92,5 @@ if __name__ == "__main__":
     if demo.WORLD_SIZE > 1:
         gc.collect()  # as in demo.py
         distributed.destroy_process_group()
-        names = [Path(name).read_text() for name in glob.glob("/proc/self/task/*/comm")]  # of all threads
+        names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]  # of all threads
         assert not [name for name in names if "gloo" in name], names  # one that is left may abort Python at its end
