@@ -34,9 +34,9 @@ from torch.utils.tensorboard import SummaryWriter
 import puffer_core
 
 WORLD_SIZE, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # torchrun sets them
+NETHACK_KEYS = ("glyphs", "blstats", "message")  # what its network reads
 
 
-# ---------------------------------------------------------------------------------------------------------- arguments
 @dataclasses.dataclass
 class Args:
     """Train, play, search or measure speed. Hyperparameters that are None depend on the kind of environment."""
@@ -92,6 +92,8 @@ COMMON |= {"clip_vloss": False, "ent_coef": 0.01, "reward_scale": 0.1, "hidden_s
 PRESETS = {"continuous": {"ent_coef": 0.0, "update_epochs": 10}, "discrete": {"learning_rate": 2.5e-3}}
 PRESETS |= {"nethack": {"hidden_size": 256, "reward_scale": 1.0}, "images": {"hidden_size": 512, "reward_scale": 1.0}}
 PRESETS["images"] |= {"learning_rate": 2.5e-4, "clip_coef": 0.1, "clip_vloss": True}
+SEARCH = {"learning_rate": (1e-4, 1e-2), "ent_coef": (1e-4, 0.1), "gae_lambda": (0.8, 0.99), "gamma": (0.9, 0.999)}
+SEARCH |= {"clip_coef": (0.1, 0.3), "update_epochs": (1, 10)}  # of a sweep, logarithmic if over tenfold
 
 
 def prepare(args: Args) -> list[str]:
@@ -117,13 +119,8 @@ def prepare(args: Args) -> list[str]:
     args.expect("mode", args.mode != "eval" or args.resume, "--resume CHECKPOINT beside it")
     args.expect("mode", args.mode == "train" or WORLD_SIZE == 1, "one process, torchrun has more")
     args.expect("mode", args.mode != "sweep" or SEARCH.keys() & chosen, f"no --resume nor flags for all of {[*SEARCH]}")
-    if not args.quiet and RANK == 0:
-        print(f"{args.env_id} ({kind}):", *[f"{name}={value}" for name, value in chosen.items()], flush=True)
+    RANK or args.quiet or print(f"{args.env_id} ({kind}):", *[f"{name}={chosen[name]}" for name in chosen], flush=True)
     return list(chosen)
-
-
-# ------------------------------------------------------------------------------------------------------- environments
-NETHACK_KEYS = ("glyphs", "blstats", "message")  # what its network reads
 
 
 def make_env(env_id: str, render: bool = False) -> Any:
@@ -155,8 +152,7 @@ def kind_of(space: spaces.Space, action_space: spaces.Space | None = None) -> st
     """Tell NetHack, pictures that are large enough for the convolutions, and the rest by what the agent does."""
     if isinstance(space, spaces.Dict) and set(NETHACK_KEYS) <= set(space):
         return "nethack"
-    shape = space.shape or ()
-    if len(shape) == 3 and space.dtype == np.uint8 and min(shape[:2] if shape[2] < shape[0] else shape[1:]) >= 36:
+    if space.dtype == "u1" and len(size := space.shape) == 3 and min(size[:2] if size[2] < size[0] else size[1:]) >= 36:
         return "images"
     return "continuous" if isinstance(action_space, spaces.Box) else "discrete"
 
@@ -168,7 +164,6 @@ def leaves_of(nested: Any) -> list:
     return sum(map(leaves_of, nested), []) if isinstance(nested, (tuple, spaces.Tuple)) else [nested]
 
 
-# ----------------------------------------------------------------------------------------------------------- networks
 class Leaf(nn.Module):
     """Reads pictures by the convolutions of Mnih et al. 2015, categories one-hot, bytes as 0 to 1, others by asinh."""
 
@@ -259,11 +254,11 @@ class Policy(nn.Module):
             normal = torch.distributions.Normal(parameters, self.log_std.exp(), validate_args=False)
             actions = normal.sample() if actions is None else actions
             return actions, normal.log_prob(actions).sum(-1), normal.entropy().sum(-1)
-        parts = parameters.split(self.sizes, -1)
-        choices = [torch.distributions.Categorical(logits=part, validate_args=False) for part in parts]
-        actions = torch.stack([choice.sample() for choice in choices], dim=-1) if actions is None else actions
-        logprobs = sum(choice.log_prob(one) for choice, one in zip(choices, actions.unbind(-1)))
-        return actions, logprobs, sum(choice.entropy() for choice in choices)
+        parts = [part.log_softmax(-1) for part in parameters.split(self.sizes, -1)]
+        if actions is None:  # by Gumbel noise, as torch.multinomial takes four times as long
+            actions = torch.stack([(one - torch.empty_like(one).exponential_().log()).argmax(-1) for one in parts], -1)
+        logprobs = sum(part.gather(-1, one[..., None])[..., 0] for part, one in zip(parts, actions.unbind(-1)))
+        return actions, logprobs, -sum((part.exp() * part).sum(-1) for part in parts)
 
     def for_envs(self, actions: torch.Tensor) -> np.ndarray:
         """Turn actions `(batch, parts)` into those that the environments take."""
@@ -273,7 +268,6 @@ class Policy(nn.Module):
         return values.reshape(len(values), *self.action_space.shape).astype(self.action_space.dtype)
 
 
-# --------------------------------------------------------------------------------------------------------- experience
 class Experience:
     """Transitions by agent row: in whatever order environments are ready, each row has a time line of its own."""
 
@@ -281,7 +275,7 @@ class Experience:
         self.num_steps, space = args.num_steps, envs.single_observation_space
         self.num_slots = args.num_steps * (2 if envs.batch_size < envs.num_envs else 1)
         self.horizon, width = (args.bptt_horizon, 2 * args.hidden_size) if args.use_lstm else (1, 0)
-        count, zeros = envs.num_agents * self.num_slots, partial(torch.zeros, device=device)
+        count, zeros = envs.num_agents * self.num_slots + 1, partial(torch.zeros, device=device)  # the last is no one's
         parts, dtype = (policy.sizes[0], torch.float32) if policy.is_continuous else (len(policy.sizes), torch.int64)
         self.observations = zeros(count, *space.shape, dtype=getattr(torch, space.dtype.name))
         self.actions, self.states = zeros(count, parts, dtype=dtype), zeros(count, width)
@@ -318,7 +312,26 @@ def estimate_advantages(rewards, values, next_values, terminated, ended, valid, 
     return advantages.T
 
 
-# -------------------------------------------------------------------------------------------------------- the trainer
+class Graph:
+    """Calls a function on a GPU; from the fourth time on as a CUDA graph, which launches all its kernels at once."""
+
+    def __init__(self, function: Callable, *rows: torch.Tensor):
+        self.function, self.rows, self.calls, self.graph = function, rows, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self, *rows: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        for mine, given in zip(self.rows, rows):
+            mine.fill_(-1)[: len(given)] = given  # a graph's sizes are fixed, and the last row is no one's
+        if self.calls <= 3:
+            return self.function(*self.rows)
+        if self.calls == 4:
+            torch.clear_autocast_cache()  # a graph casts weights itself, each time
+            with torch.cuda.graph(self.graph):
+                self.result = self.function(*self.rows)
+        self.graph.replay()
+        return self.result
+
+
 class Trainer:
     """Environments, policy, optimizer and experience of one rank: `collect` and `update` take turns."""
 
@@ -346,16 +359,17 @@ class Trainer:
         self.policy = Policy(envs.layout, envs.single_action_space, args).to(self.device)
         is_large = "Conv2d" in str(self.policy)  # a small one gains nothing by bfloat16, and loses by sharing cores
         torch.set_num_threads(most if is_large and self.device.type == "cpu" or "OMP_NUM_THREADS" in os.environ else 1)
-        self.precision = args.precision if args.precision != "auto" else "bf16" if has_bf16 and is_large else "fp32"
-        self.policy.is_bf16 = self.precision == "bf16"
+        self.policy.is_bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16 and is_large
         set_malloc = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # glibc's: keep memory that was freed, as
         set_malloc(-1, 2**31 - 1), set_malloc(-4, 0)  # new pages slow a minibatch down; M_TRIM_THRESHOLD, M_MMAP_MAX
-        mode = "default" if self.is_team or args.env_batch_size else "reduce-overhead"  # a CUDA graph per size
         self.model = nn.parallel.DistributedDataParallel(self.policy) if distributed.is_initialized() else self.policy
-        if args.compile:
-            self.model, self.compare = [torch.compile(one, mode=mode) for one in (self.model, self.compare)]
-        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+        self.model = torch.compile(self.model) if args.compile else self.model
+        self.rate, settings = torch.tensor(0.0, device=self.device), {"eps": 1e-5, "fused": True, "capturable": True}
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), self.rate, **settings)  # a graph looks the rate up
         self.experience = Experience(envs, self.policy, args, self.device)
+        if self.device.type == "cuda" and WORLD_SIZE == 1:
+            index = torch.arange(envs.num_agents * args.num_steps, device=self.device).view(-1, self.experience.horizon)
+            self.decide, self.learn = Graph(self.decide), Graph(self.learn, index.tensor_split(args.num_minibatches)[0])
         torch.manual_seed(args.seed + RANK)  # and draw other actions
 
     @contextlib.contextmanager
@@ -365,7 +379,7 @@ class Trainer:
         self.seconds[name] += time.perf_counter() - start
 
     def start(self) -> None:
-        self.state = torch.zeros_like(self.experience.states[: self.envs.num_agents])
+        self.packed, self.state = None, torch.zeros_like(self.experience.states[: self.envs.num_agents])
         self.team_sums = np.zeros((2, self.envs.num_agents))  # of the episodes that are under way
         seed = self.args.seed + RANK * self.args.num_envs + self.global_step
         random.seed(seed), np.random.seed(seed % 2**32)  # for environments of this process that draw from these
@@ -373,16 +387,12 @@ class Trainer:
         self.receive()
 
     def stop(self, number: int, _: Any) -> None:
-        self.stopping = True  # which the dashboard shows, where there is one
-        RANK or self.args.quiet or sys.__stdout__.isatty() or os.write(2, b"Stops after this update, again: now\n")
+        self.stopping = True
         signal.signal(number, signal.default_int_handler)  # a second Ctrl-C does not wait
 
-    def is_good(self) -> bool:
-        return len(self.returns) >= 100 and np.mean(self.returns) >= self.args.target_return
-
     def is_over(self) -> bool:
-        is_over = self.stopping or self.learned >= self.total_steps or self.is_good()
-        votes = torch.tensor(float(is_over), device=self.device)
+        is_good = len(self.returns) >= 100 and np.mean(self.returns) >= self.args.target_return
+        votes = torch.tensor(float(self.stopping or is_good or self.learned >= self.total_steps), device=self.device)
         distributed.all_reduce(votes) if distributed.is_initialized() else None  # ranks end together
         return bool(votes)
 
@@ -403,22 +413,25 @@ class Trainer:
             where, last = experience.place(self.rows), experience.place(self.rows, back=1)
             ended, was_alive = batch.terminations | batch.truncations, experience.valid[last]
             goes_on = ~ended | batch.infos.get("_final_obs", np.zeros_like(ended))
-            self.alive, ids = batch.masks & goes_on, np.stack([self.rows, where, last, (ended & goes_on) | ~was_alive])
+            self.alive, starts = batch.masks & goes_on, (ended & goes_on) | ~was_alive
             experience.rewards[last], experience.terminated[last] = batch.rewards, batch.terminations
             experience.ended[last], experience.complete[self.rows] = ended, experience.begun[self.rows]
             experience.valid[last] &= batch.masks | batch.terminations  # else, nobody knows where an action led
-            parts = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in (ids, batch.observations)]
+            is_cut = ended & goes_on & ~batch.terminations
+            parts = np.stack([self.rows, where, np.where(is_cut, -1, last)]), batch.observations, starts
+            parts = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts]
             packed = torch.empty(sum(map(len, parts)), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
             np.concatenate(parts, out=packed.numpy())
-            packed = packed.to(self.device, non_blocking=True)  # one copy to the device, from pinned memory on CUDA
-            self.row_ids, self.index, self.previous, starts = packed[: ids.nbytes].view(torch.int64).view(ids.shape)
-            flat = packed[ids.nbytes :].view(experience.observations.dtype)
-            self.observations, self.starts, self.bootstraps = flat.view(batch.observations.shape), starts.bool(), None
-            truncated = np.flatnonzero(ended & goes_on & ~batch.terminations)
-            if truncated.size:  # the values of their last observations are what these episodes would have had yet
-                final_obs = torch.as_tensor(np.stack(batch.infos["final_obs"][truncated]), device=self.device)
-                at, starts = torch.as_tensor(truncated, device=self.device), self.starts.new_zeros(len(truncated), 1)
-                self.bootstraps = at, self.policy(final_obs[:, None], self.state[self.row_ids[at]], starts)[3][:, 0]
+            self.packed = packed.to(self.device) if self.packed is None else self.packed  # which a graph looks at
+            self.packed.copy_(packed, non_blocking=True)  # one copy to the device, from pinned memory on CUDA
+            ids, flat, starts = self.packed.split([len(part) for part in parts])
+            self.row_ids, self.index, self.previous = ids.view(torch.int64).view(3, -1)
+            self.observations = flat.view(experience.observations.dtype).view(batch.observations.shape)
+            self.starts = starts.view(torch.bool)
+            if is_cut.any():  # the values of their last observations are what these episodes would have had yet
+                final_obs = torch.as_tensor(np.stack(batch.infos["final_obs"][is_cut]), device=self.device)
+                states, starts = self.state[self.rows[is_cut]], self.starts.new_zeros(len(final_obs), 1)
+                experience.next_values[last[is_cut]] = self.policy(final_obs[:, None], states, starts)[3][:, 0]
         self.count_episodes(batch, was_alive)
 
     def count_episodes(self, batch: puffer_core.Batch, acted: np.ndarray) -> None:
@@ -438,20 +451,24 @@ class Trainer:
         """Run the policy on the batch, whose values are also those of what came after the rows' last transitions."""
         rows = (self.observations[:, None], self.state[self.row_ids], self.starts[:, None])
         actions, logprobs, _, values, state = self.model(*rows)
-        next_values = values[:, 0].index_copy(0, *self.bootstraps) if self.bootstraps else values[:, 0]
-        self.experience.next_values[self.previous] = next_values
+        self.experience.next_values[self.previous] = values[:, 0]
         return actions[:, 0], logprobs[:, 0], values[:, 0], state
 
+    @torch.no_grad()
+    def decide(self) -> torch.Tensor:
+        """Choose actions for the batch, and remember both."""
+        (actions, logprobs, values, state), experience, index = self.think(), self.experience, self.index
+        experience.observations[index], experience.starts[index] = self.observations, self.starts
+        experience.actions[index], experience.logprobs[index], experience.values[index] = actions, logprobs, values
+        experience.states[index], self.state[self.row_ids] = self.state[self.row_ids], state
+        return actions
+
     def act(self) -> None:
-        """Choose actions for the batch, remember both, send its environments to work, and take the next batch."""
-        experience, index, most = self.experience, self.index, torch.get_num_threads()
+        """Choose actions for the batch, send its environments to work, and take the next batch."""
+        experience, most = self.experience, torch.get_num_threads()
         torch.set_num_threads(min(most, max(1, len(self.rows) // 16)))  # idle ones would spin on the workers' cores
         with self.clock("inference"):
-            actions, logprobs, values, state = self.think()
-            experience.observations[index], experience.starts[index] = self.observations, self.starts
-            experience.actions[index], experience.logprobs[index], experience.values[index] = actions, logprobs, values
-            experience.states[index], self.state[self.row_ids] = self.state[self.row_ids], state
-            actions = self.policy.for_envs(actions)
+            actions = self.policy.for_envs(self.decide())
         experience.valid[experience.place(self.rows)] = self.alive
         experience.begun[self.rows] += 1
         with self.clock("env wait"):  # Serial steps here
@@ -478,7 +495,7 @@ class Trainer:
         with self.clock("update"):
             index = self.prepare()
             left = 1 - args.anneal_lr * self.learned / self.total_steps
-            self.optimizer.param_groups[0]["lr"] = args.learning_rate * left
+            self.optimizer.param_groups[0]["lr"] = self.rate.fill_(args.learning_rate * left)
             sums[7], sequences = index.numel(), index.view(-1, experience.horizon)
             sequences = sequences[experience.trainable[sequences].any(1)]
             parts = args.num_minibatches if WORLD_SIZE > 1 else min(args.num_minibatches, max(1, len(sequences)))
@@ -498,42 +515,36 @@ class Trainer:
     def learn(self, index: torch.Tensor) -> torch.Tensor:
         """Take one gradient step on a minibatch of sequences, `(sequences, horizon)`; returns what to log."""
         args, experience, kept = self.args, self.experience, self.experience.trainable[index]
-        rows = experience.observations.index_select(0, index.flatten())  # 0.2 ms for 256 images, [index] 3.3
-        fields = experience.actions, experience.logprobs, experience.values, experience.returns, experience.advantages
-        parts = [rows.unflatten(0, index.shape), *[field[index] for field in fields]]
+        rows = experience.observations.index_select(0, index.flatten() % len(experience.valid))  # [index] takes longer
+        parts = [vars(experience)[name][index] for name in "starts actions logprobs values returns advantages".split()]
+        rows, starts, actions, logprobs, values, returns, advantages = parts = [rows.unflatten(0, index.shape), *parts]
         for part in parts if self.is_team else ():  # nothing of an absent agent's rows gets anywhere, not even NaN
             part[~kept] = 0
-        sums = (torch.stack([kept, parts[-1], parts[-1].square()]) * kept).double().flatten(1).sum(1)
+        sums = (torch.stack([kept, advantages, advantages.square()]) * kept).double().flatten(1).sum(1)
         distributed.all_reduce(sums) if distributed.is_initialized() else None
-        means, loss = self.compare(sums, experience.states[index[:, 0]], experience.starts[index], kept, *parts)
-        self.optimizer.zero_grad()
-        (loss * WORLD_SIZE).backward()  # which averages gradients over ranks, where a sum is due
-        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), args.max_grad_norm)
-        self.optimizer.step()
-        return torch.cat([means, norm[None] / WORLD_SIZE])  # all ranks have the same
-
-    def compare(self, sums, states, starts, kept, rows, actions, logprobs, values, returns, advantages) -> tuple:
-        """Run the policy on steps of which those count that are `kept`; returns what to log, `(6,)`, and the loss."""
-        args, (_, newlogprob, entropy, newvalue, _) = self.args, self.model(rows, states, starts, actions)
-        count, total, squares = sums  # of the advantages in the minibatches of all ranks together, which may be empty
+        count, total, squares = sums  # of the minibatches of all ranks together, which may be empty
         if args.norm_adv:
             deviation = ((squares - total.square() / count) / (count - 1).clamp(min=1)).clamp(min=0).sqrt()
             advantages = ((advantages - total / count) / (deviation + 1e-8)).float()
+        _, newlogprob, entropy, newvalue, _ = self.model(rows, experience.states[index[:, 0]], starts, actions)
         logratio = (newlogprob - logprobs) * kept
         ratio = logratio.exp()
-        clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
         v_error = (newvalue - returns).square()
         if args.clip_vloss:
             clipped_value = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
             v_error = torch.max(v_error, (clipped_value - returns).square())
-        gain = torch.min(advantages * ratio, advantages * clipped_ratio)
+        gain = torch.min(advantages * ratio, advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef))
         # Two estimates of the divergence, see http://joschu.net/blog/kl-approx.html
-        figures = -gain, 0.5 * v_error, entropy, -logratio, ratio - 1 - logratio, ratio != clipped_ratio
+        figures = -gain, 0.5 * v_error, entropy, -logratio, ratio - 1 - logratio, (ratio - 1).abs() > args.clip_coef
         means = (torch.stack(figures) * kept).flatten(1).sum(1) / count.clamp(min=1).float()
-        return means.detach(), means[0] + args.vf_coef * means[1] - args.ent_coef * means[2]
+        self.optimizer.zero_grad()
+        loss = means[0] + args.vf_coef * means[1] - args.ent_coef * means[2]
+        (loss * WORLD_SIZE).backward()  # which averages gradients over ranks, where a sum is due
+        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), args.max_grad_norm)
+        self.optimizer.step()
+        return torch.cat([means.detach(), norm[None] / WORLD_SIZE])  # all ranks have the same
 
 
-# -------------------------------------------------------------------------------------------------------- checkpoints
 def save(trainer: Trainer, path: Path) -> None:
     """Write a checkpoint beside the last one and put it in its place: a kill at any time leaves one of the two."""
     contents = {key: vars(trainer)[key] for key in ("iteration", "learned", "global_step", "num_episodes", "task")}
@@ -564,7 +575,6 @@ def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
         torch.manual_seed(trainer.args.seed + RANK + trainer.global_step)
 
 
-# ------------------------------------------------------------------------------------------------------ the dashboard
 class Dashboard(contextlib.ExitStack):
     """Logs a run, and shows it: live on a terminal, otherwise as a line every few seconds; nothing if `quiet`."""
 
@@ -587,11 +597,10 @@ class Dashboard(contextlib.ExitStack):
         trainer, now, cuda = self.trainer, time.perf_counter(), torch.cuda
         (then, step), self.last = self.last, (now, trainer.global_step)
         speed = (trainer.global_step - step) / (now - then)
-        left = max(trainer.total_steps - trainer.learned, 0) / max(speed, 1.0)
-        charts = {"SPS": round(speed), "episodes": trainer.num_episodes}
+        left, rate = max(trainer.total_steps - trainer.learned, 0) / max(speed, 1.0) / 60, float(trainer.rate)
+        charts = {"SPS": round(speed), "episodes": trainer.num_episodes, "minutes_left": left, "learning_rate": rate}
         if trainer.episode:
             charts |= {"episodic_return": np.mean(trainer.returns), "episodic_length": np.mean(trainer.lengths)}
-        charts |= {"minutes_left": left / 60, "learning_rate": trainer.optimizer.param_groups[0]["lr"]}
         shares = {name: 100 * seconds / (now - self.start) for name, seconds in trainer.seconds.items()}
         system = {"CPU_percent": psutil.cpu_percent(), "memory_GiB": psutil.virtual_memory().used / 2**30}
         with contextlib.suppress(Exception):  # this may be no GPU, or one that does not tell
@@ -616,10 +625,9 @@ class Dashboard(contextlib.ExitStack):
             tables.setdefault(group, table.Table(group, "", "", box=None, pad_edge=False)).add_row(name, shown, trend)
         body = console.Group(progress_bar.ProgressBar(total, trainer.global_step), "", columns.Columns(tables.values()))
         title = f"[bold]{self.args.env_id}[/], {trainer.global_step:,} of {total:,} steps{', stops' * trainer.stopping}"
-        return panel.Panel(body, title=title, subtitle=f"{trainer.precision} on {trainer.device}; Ctrl-C saves")
+        return panel.Panel(body, title=title, subtitle=f"{trainer.device}{', bf16' * trainer.policy.is_bf16}; ^C saves")
 
 
-# -------------------------------------------------------------------------------------------------------------- modes
 def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) -> float:
     """Train an agent; returns the mean of its last 100 returns. After every update, `report` looks at the trainer."""
     trainer = Trainer(args)
@@ -629,8 +637,7 @@ def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) 
             stack.callback(signal.signal, number, signal.signal(number, trainer.stop))
         if args.resume:
             restore(trainer, load(args.resume))
-            args.expect("total_timesteps", trainer.learned < trainer.total_steps, f"an update beyond {trainer.learned}")
-            args.expect("target_return", not trainer.is_good(), "more than was reached before")
+            args.expect("resume", not trainer.is_over(), "one that lacks --total-timesteps or --target-return yet")
         trainer.start()
         dashboard = stack.enter_context(Dashboard(trainer, path.parent)) if RANK == 0 else None
         dashboard and stack.callback(lambda: np.isfinite(trainer.losses.get("grad_norm", 0)) and save(trainer, path))
@@ -643,8 +650,7 @@ def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) 
                     save(trainer, path)
                 dashboard.log(is_over)
             report(trainer)
-    if RANK == 0 and not args.quiet:
-        print(f"Saved {path}: --resume goes on with it, --mode eval --resume plays it")
+    RANK or args.quiet or print(f"Saved {path}: --resume goes on with it, --mode eval --resume plays it")
     if trainer.stopping:
         raise SystemExit(130)
     return float(np.mean(trainer.returns)) if trainer.returns else np.nan
@@ -677,10 +683,6 @@ def evaluate(args: Args) -> None:
     print(f"Recorded {path}" if frames else f"{args.env_id} cannot draw itself, so nothing was recorded: {trouble}")
 
 
-SEARCH = {"learning_rate": (1e-4, 1e-2), "ent_coef": (1e-4, 0.1), "gae_lambda": (0.8, 0.99), "gamma": (0.9, 0.999)}
-SEARCH |= {"clip_coef": (0.1, 0.3), "update_epochs": (1, 10)}  # from and to, on a logarithmic scale if over tenfold
-
-
 def sweep(args: Args, chosen: list[str]) -> None:
     """Search over what no flag says; the study is a file, so a search that was killed goes on when called again."""
     import optuna
@@ -697,8 +699,7 @@ def sweep(args: Args, chosen: list[str]) -> None:
             drawn[name] = suggest(name, low, high, log=high > 10 * low)
 
         def report(trainer: Trainer) -> None:
-            if trainer.returns:
-                trial.report(np.mean(trainer.returns), trainer.iteration)
+            trainer.returns and trial.report(np.mean(trainer.returns), trainer.iteration)
             if trial.should_prune():
                 raise optuna.TrialPruned
 
@@ -742,8 +743,7 @@ def main() -> None:
     distributed.init_process_group() if WORLD_SIZE > 1 else None
     modes = {"train": train, "eval": evaluate, "sweep": partial(sweep, chosen=chosen)}
     modes.get(args.mode, partial(autotune, chosen=chosen))(args)
-    if WORLD_SIZE > 1:  # with all that holds it, or its threads outlive it, and may abort Python at its end
-        gc.collect(), distributed.destroy_process_group()
+    WORLD_SIZE == 1 or (gc.collect(), distributed.destroy_process_group())  # or its threads may abort Python's end
 
 
 if __name__ == "__main__":

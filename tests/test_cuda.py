@@ -1,7 +1,5 @@
 """What only a GPU can show: it learns the same there as on the CPU, and every script runs. Skipped where none is."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,7 @@ import demo
 import puffer_core
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-PRESENT = "state row_ids index previous observations starts".split()  # what a trainer holds between two batches
+PRESENT = "state packed bootstraps".split()  # what a trainer holds between two batches
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +27,12 @@ def trainer_of(env_id, cuda, **arguments):
     return demo.Trainer(args)
 
 
-def brought(part):
-    return part.cuda() if isinstance(part, torch.Tensor) else part
+def bring(part, other):
+    """Copy a tensor or an array to where the other trainer, and its graphs, look for it."""
+    if isinstance(part, torch.Tensor):
+        other.copy_(part)
+    elif isinstance(part, np.ndarray):
+        other[...] = part
 
 
 @pytest.mark.parametrize("use_lstm", [False, True])
@@ -45,17 +47,42 @@ def test_an_update_on_the_gpu_is_that_of_the_cpu(env_id, use_lstm, monkeypatch):
         for _ in range(2):
             assert one.collect()
             for name in PRESENT:
-                setattr(other, name, brought(getattr(one, name)))
-            other.bootstraps = one.bootstraps and tuple(map(brought, one.bootstraps))
-            vars(other.experience).update({name: brought(part) for name, part in vars(one.experience).items()})
-            other.experience.consumed = one.experience.consumed.copy()
+                bring(getattr(one, name), getattr(other, name))
+            for name, part in vars(one.experience).items():
+                bring(part, getattr(other.experience, name))
             one.update()
             other.update()
             assert other.losses == pytest.approx(one.losses, rel=1e-2, abs=1e-4, nan_ok=True)
             for name, weights in one.policy.state_dict().items():
                 torch.testing.assert_close(other.policy.state_dict()[name].cpu(), weights, rtol=1e-3, atol=3e-4)
             other.policy.load_state_dict(one.policy.state_dict())
-            other.optimizer.load_state_dict(copy.deepcopy(one.optimizer.state_dict()))
+            for mine, its in zip(*[[*trainer.policy.parameters()] for trainer in (one, other)]):
+                for name, part in one.optimizer.state[mine].items():
+                    bring(part, other.optimizer.state[its][name])
+
+
+@pytest.mark.parametrize("use_lstm", [False, True])
+@pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "MiniHack-Room-5x5-v0", "envs:FloatTeam", "CartPole-v1"])
+def test_graphs_do_what_their_functions_do(env_id, use_lstm, monkeypatch):
+    """Five updates, of which all but the first are graphs, whoever chooses the likeliest action."""
+    monkeypatch.setattr(torch, "randperm", torch.arange)
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda noise: noise.fill_(1.0))
+    graph, trainers = demo.Graph, []
+    for wrap in (graph, lambda function, size=0: function):
+        monkeypatch.setattr(demo, "Graph", wrap)
+        trainers.append(trainer_of(env_id, True, use_lstm=use_lstm, learning_rate=1e-4))
+    one, other = trainers
+    with one.envs, other.envs:
+        one.start()
+        other.start()
+        for _ in range(5):
+            for trainer in trainers:
+                assert trainer.collect()
+                trainer.update()
+            for name in ("actions", "logprobs", "values", "next_values", "advantages"):
+                torch.testing.assert_close(*[getattr(each.experience, name) for each in trainers], rtol=1e-2, atol=1e-2)
+            assert other.losses == pytest.approx(one.losses, rel=0.05, abs=1e-3, nan_ok=True)
+        assert one.decide.graph and one.learn.graph
 
 
 @pytest.mark.parametrize(
@@ -71,18 +98,18 @@ def test_an_update_on_the_gpu_is_that_of_the_cpu(env_id, use_lstm, monkeypatch):
 def test_recomputed_logprobs_equal_the_sampled_ones(env_id, ways):
     """And what the policy saw is what the environments sent: no copy to the device was overtaken by the next batch."""
     trainer = trainer_of(env_id, True, use_lstm=True, **ways)
-    recv, think, sent, seen = trainer.envs.recv, trainer.think, [], []
+    recv, decide, sent, seen = trainer.envs.recv, trainer.decide, [], []
 
     def recv_and_note():
         batch = recv()
         sent.append((batch.agent_ids.copy(), batch.observations.copy()))
         return batch
 
-    def think_and_note():
-        seen.append((trainer.row_ids, trainer.observations))  # looked at later: to look now would wait for the copy
-        return think()
+    def note_and_decide():
+        seen.append((trainer.row_ids.clone(), trainer.observations.clone()))  # to look now would wait for the copy
+        return decide()
 
-    trainer.envs.recv, trainer.think = recv_and_note, think_and_note
+    trainer.envs.recv, trainer.decide = recv_and_note, note_and_decide
     with trainer.envs:
         trainer.start()
         trainer.collect()

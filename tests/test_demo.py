@@ -113,7 +113,7 @@ def test_a_first_ready_run_ends_when_it_has_learned_from_all_its_steps():
             before = consumed.sum()
             trainer.collect()
             trainer.update()
-            rates.append((before, trainer.optimizer.param_groups[0]["lr"]))
+            rates.append((before, float(trainer.optimizer.param_groups[0]["lr"])))
         assert 8 * 16 <= consumed.sum() == trainer.learned < 8 * 16 + 16 and trainer.global_step >= 8 * 16
         assert trainer.iteration == len(rates) > 8
         assert rates == [(done, pytest.approx(trainer.args.learning_rate * (1 - done / 128))) for done, _ in rates]
@@ -155,12 +155,12 @@ def test_a_memory_outlives_the_end_of_an_agent_that_is_cut_short():
     with trainer_of("envs:Leaver", num_envs=1, use_lstm=True, bptt_horizon=1) as trainer:
         for _ in range(3):
             trainer.act()
-        assert trainer.experience.ended[trainer.previous].tolist() == [True, False]
+        previous = trainer.experience.place(trainer.rows, back=1)
+        assert trainer.experience.ended[previous].tolist() == [True, False]
         state, observations = trainer.state.clone(), trainer.observations.clone()
         assert state[0].abs().sum() > 0
         with torch.no_grad():
             value = trainer.policy(observations[:, None], state, torch.zeros(2, 1, dtype=torch.bool))[3][0, 0]
-        previous = trainer.previous.clone()
         trainer.act()
         assert trainer.experience.next_values[previous[0]] == value
         assert trainer.starts.tolist() == [True, False]  # and whoever comes next begins anew
@@ -213,7 +213,7 @@ def test_agents_that_come_and_go_are_trained_on_while_they_live():
     """The rows of `FloatTeam`, by hand: agent 1 dies on the first step of the first episode, and is absent then."""
     with trainer_of("envs:FloatTeam", num_envs=1, num_steps=8) as trainer:
         trainer.collect()
-        valid, ended = [part.reshape(3, 8) for part in (trainer.experience.valid, trainer.experience.ended)]
+        valid, ended = [part[:-1].reshape(3, 8) for part in (trainer.experience.valid, trainer.experience.ended)]
         assert valid.tolist() == [
             [True, True, True, True, True, False, False, False],
             [True, False, False, True, True, True, True, True],
@@ -450,7 +450,7 @@ def test_steps_of_an_agent_that_is_told_dead_again_and_again_are_no_episodes():
 def test_bfloat16_is_for_large_networks_and_reads_the_weights_as_they_are():
     """What autocast makes of the weights is kept for a whole rollout, but not beyond an update."""
     with trainer_of("CartPole-v1") as trainer:
-        assert trainer.precision == "fp32"
+        assert not trainer.policy.is_bf16
     game = {"env_id": "BreakoutNoFrameskip-v4", "num_envs": 2, "update_epochs": 1, "learning_rate": 0.01}
     with trainer_of(**game, precision="bf16") as trainer:
         for _ in range(2):
@@ -461,7 +461,7 @@ def test_bfloat16_is_for_large_networks_and_reads_the_weights_as_they_are():
             with torch.no_grad():
                 _, logprobs, _, values, _ = trainer.policy(*steps, experience.actions[:, None])
             for recomputed, sampled in ((logprobs, experience.logprobs), (values, experience.values)):
-                torch.testing.assert_close(recomputed[:, 0], sampled, rtol=0.02, atol=0.02)
+                torch.testing.assert_close(recomputed[:-1, 0], sampled[:-1], rtol=0.02, atol=0.02)
             trainer.update()
             for new, old in zip(trainer.policy.parameters(), before):
                 assert (new - old).abs().max() > 0.001
@@ -506,8 +506,9 @@ def beside_vanilla_ppo_atari(seed, precision="fp32"):
         optimizer, experience = torch.optim.Adam(agent.parameters(), lr=2.5e-4, eps=1e-5), trainer.experience
         for update in range(2):
             trainer.collect()
-            observations, actions = experience.observations.clone(), experience.actions[:, 0].clone()
-            rewards, dones = torch.as_tensor(experience.rewards).view(4, 64), torch.as_tensor(experience.ended)
+            observations, actions = experience.observations[:-1].clone(), experience.actions[:-1, 0].clone()
+            rewards, dones = [torch.as_tensor(part[:-1]) for part in (experience.rewards, experience.ended)]
+            rewards = rewards.view(4, 64)
             assert rewards.any() and dones.any()
             with torch.no_grad():
                 _, logprobs, _, values = agent.get_action_and_value(observations, actions)
@@ -522,7 +523,7 @@ def beside_vanilla_ppo_atari(seed, precision="fp32"):
             generator = torch.get_rng_state()
             trainer.update()
             torch.set_rng_state(generator)
-            torch.distributions.Categorical(logits=torch.zeros(4, 4)).sample()  # as for the value of the next batch
+            torch.zeros(4, 1, 4).exponential_()  # as for the value of the next batch
             optimizer.param_groups[0]["lr"] = 2.5e-4 * (1 - update / 10)
             for chosen in [part for _ in range(4) for part in torch.randperm(256).tensor_split(4)]:
                 _, new, entropy, value = agent.get_action_and_value(observations[chosen], actions[chosen])
@@ -558,7 +559,7 @@ def test_bfloat16_goes_the_way_of_float32():
 def test_a_compiled_update_is_the_same(env_id, use_lstm, monkeypatch):
     """Compiled by torch's tracer alone, which takes seconds and no compiler."""
     original, weights, counts = torch.compile, [], torch._dynamo.utils.counters["stats"]
-    monkeypatch.setattr(torch, "compile", lambda function, mode: original(function, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", lambda function: original(function, backend="aot_eager"))
     for is_compiled in (False, True):
         before = counts["unique_graphs"]
         arguments = {"num_steps": 16, "use_lstm": use_lstm, "bptt_horizon": 2, "num_minibatches": 3}
@@ -616,7 +617,7 @@ def test_a_resumed_run_goes_on_with_its_schedule_counts_and_random_numbers(tmp_p
         for _ in range(2):
             trainer.collect()
             trainer.update()
-            rates.append(trainer.optimizer.param_groups[0]["lr"])
+            rates.append(float(trainer.optimizer.param_groups[0]["lr"]))
     contents = demo.load(str(tmp_path / "checkpoint.pt"))
     with trainer_of("CartPole-v1", total_timesteps=10 * 32, seed=7) as resumed:
         demo.restore(resumed, contents)
@@ -661,7 +662,7 @@ def test_a_run_prints_logs_and_saves(finished):
     assert finished.returncode == 0 and not finished.lines("\033"), finished.stderr
     (chosen,) = finished.lines("MiniHack-Room-5x5-v0 (nethack): ")
     assert " update_epochs=4 " in chosen and "num_envs" not in chosen  # a flag was given
-    assert re.match(r"global_step=512 SPS=\d+ episodic_return=", finished.lines("global_step=")[-1])
+    assert re.match(r"global_step=512 SPS=\d+ minutes_left=0 episodic_return=", finished.lines("global_step=")[-1])
     tags = set(finished.events().Tags()["scalars"])
     assert {"charts/SPS", "charts/learning_rate", "losses/value_loss", "losses/explained_variance"} <= tags
     (path,) = finished.directory.glob("runs/*/checkpoint.pt")
@@ -722,7 +723,7 @@ def test_the_reward_of_dying_counts_without_a_last_observation_too(vec):
     with trainer_of("tests.envs:Silent", vec=vec, num_envs=2) as trainer:
         assert trainer.collect()
         fields = [getattr(trainer.experience, name) for name in ("valid", "terminated", "starts", "rewards")]
-        valid, terminated, starts, rewards = [np.asarray(field).reshape(2, 3, 8).astype(int) for field in fields]
+        valid, terminated, starts, rewards = [np.asarray(field)[:-1].reshape(2, 3, 8).astype(int) for field in fields]
     # Episodes of three steps and of two, in turn; a row an agent
     played = [[1, 0, 0, 1, 0, 1, 0, 0], [1, 1, 0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 1, 1, 1]]
     died = [[1, 0, 0, 1, 0, 1, 0, 0], [0, 1, 0, 0, 1, 0, 1, 0], [0, 0, 1, 1, 0, 0, 0, 1]]
@@ -890,10 +891,10 @@ def test_a_run_that_is_over_is_not_gone_on_with(tmp_path, monkeypatch):
     (path,) = tmp_path.glob("runs/*/checkpoint.pt")
     contents = demo.load(str(path))
     assert contents["args"].precision == "auto"  # what this machine made of it holds for no other
-    with pytest.raises(SystemExit, match="--total-timesteps 256: expected an update beyond 256"):
+    with pytest.raises(SystemExit, match="checkpoint.pt: expected one that lacks --total-timesteps"):
         demo.train(dataclasses.replace(contents["args"], resume=str(path)))
     reached = dataclasses.replace(contents["args"], resume=str(path), total_timesteps=512, target_return=0.0)
-    with pytest.raises(SystemExit, match="--target-return 0.0: expected more than was reached before"):
+    with pytest.raises(SystemExit, match="checkpoint.pt: expected one that lacks --total-timesteps"):
         contents["returns"] = [9.0] * 100
         torch.save(contents | {"args": vars(contents["args"])}, path)
         demo.train(reached)
@@ -1037,8 +1038,7 @@ def test_ctrl_c_saves_and_leaves_no_process(tmp_path):
         wait_for(lambda: not running_in_group(process.pid), 5)
     finally:
         process.kill()
-    assert process.returncode == 130 and stderr.count("Stops after this update, again: now\n") == 1
-    assert "Traceback" not in stderr
+    assert process.returncode == 130 and "Traceback" not in stderr
     (path,) = tmp_path.glob("runs/*/checkpoint.pt")
     assert demo.load(str(path))["iteration"] > 0
     assert f"Saved {path.relative_to(tmp_path)}" in stdout
