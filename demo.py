@@ -72,7 +72,7 @@ class Args:
     bptt_horizon: int = 16  # steps that gradients flow back through the memory, a divisor of num_steps
     cuda: bool = True  # train on the GPU if there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the forward pass; auto: bf16 for large networks on a GPU
-    compile: bool = False  # torch.compile the network and its loss
+    compile: bool = False  # torch.compile the network
     checkpoint_interval: int = 50  # updates between two checkpoints, 0 for one at the end only
     eval_episodes: int = 10  # episodes that --mode eval plays
     sweep_trials: int = 20  # trials of --mode sweep in all, those of earlier calls counted
@@ -252,7 +252,7 @@ class Policy(nn.Module):
         """Return actions, their log-probabilities and the entropies of the policy that the parameters describe."""
         if self.is_continuous:
             normal = torch.distributions.Normal(parameters, self.log_std.exp(), validate_args=False)
-            actions = normal.sample() if actions is None else actions
+            actions = normal.mean + normal.stddev * torch.randn_like(normal.mean) if actions is None else actions
             return actions, normal.log_prob(actions).sum(-1), normal.entropy().sum(-1)
         parts = [part.log_softmax(-1) for part in parameters.split(self.sizes, -1)]
         if actions is None:  # by Gumbel noise, as torch.multinomial takes four times as long

@@ -62,11 +62,14 @@ def test_an_update_on_the_gpu_is_that_of_the_cpu(env_id, use_lstm, monkeypatch):
 
 
 @pytest.mark.parametrize("use_lstm", [False, True])
-@pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "MiniHack-Room-5x5-v0", "envs:FloatTeam", "CartPole-v1"])
+@pytest.mark.parametrize(
+    "env_id", ["BreakoutNoFrameskip-v4", "MiniHack-Room-5x5-v0", "envs:FloatTeam", "CartPole-v1", "Pendulum-v1"]
+)
 def test_graphs_do_what_their_functions_do(env_id, use_lstm, monkeypatch):
     """Five updates, of which all but the first are graphs, whoever chooses the likeliest action."""
     monkeypatch.setattr(torch, "randperm", torch.arange)
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda noise: noise.fill_(1.0))
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     graph, trainers = demo.Graph, []
     for wrap in (graph, lambda function, size=0: function):
         monkeypatch.setattr(demo, "Graph", wrap)
