@@ -71,6 +71,7 @@ class Args:
     use_lstm: bool = False  # give the agent a memory
     bptt_horizon: int = 16  # steps that gradients flow back through the memory, a divisor of num_steps
     cuda: bool = True  # train on the GPU if there is one
+    cuda_graphs: bool = True  # launch all of a batch at once, for which no code may wait for the GPU, as `.item()`
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the forward pass; auto: bf16 for large networks on a GPU
     compile: bool = False  # torch.compile the network
     checkpoint_interval: int = 50  # updates between two checkpoints, 0 for one at the end only
@@ -367,7 +368,7 @@ class Trainer:
         self.rate, settings = torch.tensor(0.0, device=self.device), {"eps": 1e-5, "fused": True, "capturable": True}
         self.optimizer = torch.optim.Adam(self.policy.parameters(), self.rate, **settings)  # a graph looks the rate up
         self.experience = Experience(envs, self.policy, args, self.device)
-        if self.device.type == "cuda" and WORLD_SIZE == 1:
+        if self.device.type == "cuda" and args.cuda_graphs and WORLD_SIZE == 1:
             index = torch.arange(envs.num_agents * args.num_steps, device=self.device).view(-1, self.experience.horizon)
             self.decide, self.learn = Graph(self.decide), Graph(self.learn, index.tensor_split(args.num_minibatches)[0])
         torch.manual_seed(args.seed + RANK)  # and draw other actions
@@ -639,9 +640,8 @@ def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) 
             restore(trainer, load(args.resume))
             args.expect("resume", not trainer.is_over(), "one that lacks --total-timesteps or --target-return yet")
         trainer.start()
-        dashboard = stack.enter_context(Dashboard(trainer, path.parent)) if RANK == 0 else None
+        dashboard, is_over = stack.enter_context(Dashboard(trainer, path.parent)) if RANK == 0 else None, False
         dashboard and stack.callback(lambda: np.isfinite(trainer.losses.get("grad_norm", 0)) and save(trainer, path))
-        is_over = trainer.is_over()
         while not is_over and trainer.collect():
             trainer.update()
             is_over = trainer.is_over()
