@@ -153,7 +153,8 @@ def kind_of(space: spaces.Space, action_space: spaces.Space | None = None) -> st
     """Tell NetHack, pictures that are large enough for the convolutions, and the rest by what the agent does."""
     if isinstance(space, spaces.Dict) and set(NETHACK_KEYS) <= set(space):
         return "nethack"
-    if space.dtype == "u1" and len(size := space.shape) == 3 and min(size[:2] if size[2] < size[0] else size[1:]) >= 36:
+    sizes = [leaf.shape for leaf in leaves_of(space) if leaf.dtype == np.uint8 and len(leaf.shape) == 3]
+    if any(min(size[:2] if size[2] < size[0] else size[1:]) >= 36 for size in sizes):
         return "images"
     return "continuous" if isinstance(action_space, spaces.Box) else "discrete"
 
@@ -252,9 +253,9 @@ class Policy(nn.Module):
     def act(self, parameters: torch.Tensor, actions: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Return actions, their log-probabilities and the entropies of the policy that the parameters describe."""
         if self.is_continuous:
-            normal = torch.distributions.Normal(parameters, self.log_std.exp(), validate_args=False)
-            actions = normal.mean + normal.stddev * torch.randn_like(normal.mean) if actions is None else actions
-            return actions, normal.log_prob(actions).sum(-1), normal.entropy().sum(-1)
+            gauss = torch.distributions.Normal(parameters, self.log_std.exp(), False)  # whose `sample` waits for a GPU
+            actions = (gauss.loc + gauss.scale * torch.randn_like(gauss.loc)).detach() if actions is None else actions
+            return actions, gauss.log_prob(actions).sum(-1), gauss.entropy().sum(-1)
         parts = [part.log_softmax(-1) for part in parameters.split(self.sizes, -1)]
         if actions is None:  # by Gumbel noise, as torch.multinomial takes four times as long
             actions = torch.stack([(one - torch.empty_like(one).exponential_().log()).argmax(-1) for one in parts], -1)
@@ -521,7 +522,7 @@ class Trainer:
         rows, starts, actions, logprobs, values, returns, advantages = parts = [rows.unflatten(0, index.shape), *parts]
         for part in parts if self.is_team else ():  # nothing of an absent agent's rows gets anywhere, not even NaN
             part[~kept] = 0
-        sums = (torch.stack([kept, advantages, advantages.square()]) * kept).double().flatten(1).sum(1)
+        sums = (torch.stack([kept, advantages.double(), advantages.double().square()]) * kept).flatten(1).sum(1)
         distributed.all_reduce(sums) if distributed.is_initialized() else None
         count, total, squares = sums  # of the minibatches of all ranks together, which may be empty
         if args.norm_adv:
@@ -529,13 +530,12 @@ class Trainer:
             advantages = ((advantages - total / count) / (deviation + 1e-8)).float()
         _, newlogprob, entropy, newvalue, _ = self.model(rows, experience.states[index[:, 0]], starts, actions)
         logratio = (newlogprob - logprobs) * kept
-        ratio = logratio.exp()
+        ratio = logratio.exp()  # further down, two estimates of the divergence: http://joschu.net/blog/kl-approx.html
         v_error = (newvalue - returns).square()
         if args.clip_vloss:
             clipped_value = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
             v_error = torch.max(v_error, (clipped_value - returns).square())
         gain = torch.min(advantages * ratio, advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef))
-        # Two estimates of the divergence, see http://joschu.net/blog/kl-approx.html
         figures = -gain, 0.5 * v_error, entropy, -logratio, ratio - 1 - logratio, (ratio - 1).abs() > args.clip_coef
         means = (torch.stack(figures) * kept).flatten(1).sum(1) / count.clamp(min=1).float()
         self.optimizer.zero_grad()
@@ -587,7 +587,7 @@ class Dashboard(contextlib.ExitStack):
             names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": folder.name}
             wandb.init(**names, config=vars(self.args), sync_tensorboard=True, reinit="finish_previous")
         self.start, self.printed, trainer.seconds = time.perf_counter(), -np.inf, defaultdict(float)
-        can_draw = sys.stdout.isatty() and "utf" in sys.stdout.encoding.lower()
+        can_draw = sys.stdout.isatty() and console.Console().is_interactive and "utf" in sys.stdout.encoding.lower()
         self.last, self.is_live = (self.start, trainer.global_step), can_draw and not self.args.quiet
         self.writer, lines = SummaryWriter(folder), [f"|{name}|{value}|" for name, value in vars(self.args).items()]
         self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *lines]))
@@ -660,9 +660,9 @@ def evaluate(args: Args) -> None:
     """Play a checkpoint, print how it did, and record its first episode beside it as a video or a cast of text."""
     trainer, frames = Trainer(dataclasses.replace(args, num_envs=1, vec="serial", env_batch_size=0, compile=False)), []
     with trainer.envs as envs:
-        restore(trainer, load(args.resume))
+        os.environ["SDL_NO_SIGNAL_HANDLERS"] = "1"  # or pygame would leave SIGTERM without effect
+        restore(trainer, load(args.resume)), trainer.start()
         trainer.returns, trouble = deque(), "" if envs.render_mode in ("rgb_array", "ansi") else "no such render_mode"
-        trainer.start()
         while len(trainer.returns) < args.eval_episodes * envs.num_agents:
             if not trouble and len(trainer.returns) < envs.num_agents and len(frames) * np.size(frames[:1]) < 2**31:
                 try:  # until 2 GiB, as some episodes never end

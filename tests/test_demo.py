@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import cv2
 import gymnasium
@@ -408,6 +409,12 @@ def test_what_the_convolutions_cannot_take_is_no_image(shape, kind):
     policy = demo.Policy(layout, spaces.Discrete(2), demo.Args(hidden_size=8))
     seen = torch.zeros(2, 1, *shape, dtype=torch.uint8)
     assert policy(seen, torch.zeros(2, 16), torch.zeros(2, 1, dtype=torch.bool))[3].shape == (2, 1)
+
+
+def test_an_image_within_a_structure_brings_what_images_have():
+    for image, kind in (((48, 64, 3), "images"), ((8, 8, 3), "discrete")):
+        space = spaces.Dict(speed=spaces.Box(-1, 1, (2,)), seen=spaces.Tuple([spaces.Box(0, 255, image, np.uint8)]))
+        assert demo.kind_of(space, spaces.Discrete(2)) == kind
 
 
 def test_an_env_that_knows_no_render_mode_is_made():
@@ -1027,6 +1034,22 @@ def test_a_run_that_goes_on_from_a_quiet_one_is_not_quiet(tmp_path, monkeypatch,
     again = started(tmp_path, "--resume", str(path), "--total-timesteps", "128")
     lines = again.communicate()[0].splitlines()
     assert again.returncode == 0 and re.match("global_step=128 .* minutes_left=0 ", lines[-2])
+
+
+def test_sigterm_ends_a_game_that_pygame_draws(tmp_path, monkeypatch):
+    """Which it would not, as SDL takes signals for wishes to close a window, if nobody told it not to."""
+    monkeypatch.chdir(tmp_path)
+    flags = "--env-id CartPole-v1 --no-cuda --num-steps 16 --vec serial --hidden-size 8 --quiet --total-timesteps 128"
+    demo.train(prepared(flags))
+    (path,) = tmp_path.glob("runs/*/checkpoint.pt")
+    playing = started(tmp_path, "--mode", "eval", "--resume", str(path), "--eval-episodes", "1000000")
+    try:
+        wait_for(lambda: "libSDL2" in Path(f"/proc/{playing.pid}/maps").read_text())
+        time.sleep(1)  # until a few pictures are drawn
+        playing.terminate()
+        assert playing.wait(timeout=10) == -signal.SIGTERM
+    finally:
+        playing.kill()
 
 
 def test_ctrl_c_saves_and_leaves_no_process(tmp_path):
