@@ -338,7 +338,7 @@ class Trainer:
     """Environments, policy, optimizer and experience of one rank: `collect` and `update` take turns."""
 
     def __init__(self, args: Args):
-        gc.collect()  # an earlier trainer that was compiled, which refers to itself
+        gc.collect()  # an earlier trainer that was compiled or captured, which refers to itself
         self.args, self.iteration, self.global_step, self.num_episodes, self.stopping = args, 0, 0, 0, False
         self.returns, self.lengths, self.episode = deque(maxlen=100), deque(maxlen=100), {}  # of 100; of the last
         self.seconds, self.losses, self.learned, self.device = defaultdict(float), {}, 0, torch.device("cpu")
@@ -370,7 +370,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.policy.parameters(), self.rate, **settings)  # a graph looks the rate up
         self.experience = Experience(envs, self.policy, args, self.device)
         if self.device.type == "cuda" and args.cuda_graphs and WORLD_SIZE == 1:
-            index = torch.arange(envs.num_agents * args.num_steps, device=self.device).view(-1, self.experience.horizon)
+            index = torch.zeros(one // self.experience.horizon, self.experience.horizon, dtype=int, device=self.device)
             self.decide, self.learn = Graph(self.decide), Graph(self.learn, index.tensor_split(args.num_minibatches)[0])
         torch.manual_seed(args.seed + RANK)  # and draw other actions
 
@@ -497,7 +497,7 @@ class Trainer:
         with self.clock("update"):
             index = self.prepare()
             left = 1 - args.anneal_lr * self.learned / self.total_steps
-            self.optimizer.param_groups[0]["lr"] = self.rate.fill_(args.learning_rate * left)
+            self.optimizer.param_groups[0] |= {"lr": self.rate.fill_(args.learning_rate * left), "capturable": True}
             sums[7], sequences = index.numel(), index.view(-1, experience.horizon)
             sequences = sequences[experience.trainable[sequences].any(1)]
             parts = args.num_minibatches if WORLD_SIZE > 1 else min(args.num_minibatches, max(1, len(sequences)))
@@ -520,11 +520,11 @@ class Trainer:
         rows = experience.observations.index_select(0, index.flatten() % len(experience.valid))  # [index] takes longer
         parts = [vars(experience)[name][index] for name in "starts actions logprobs values returns advantages".split()]
         rows, starts, actions, logprobs, values, returns, advantages = parts = [rows.unflatten(0, index.shape), *parts]
-        for part in parts if self.is_team else ():  # nothing of an absent agent's rows gets anywhere, not even NaN
+        for part in [rows, *parts[2:]] if self.is_team else ():  # of absent agents, nothing gets anywhere, not even NaN
             part[~kept] = 0
         sums = (torch.stack([kept, advantages.double(), advantages.double().square()]) * kept).flatten(1).sum(1)
         distributed.all_reduce(sums) if distributed.is_initialized() else None
-        count, total, squares = sums  # of the minibatches of all ranks together, which may be empty
+        count, total, squares = sums[0].clamp(min=1), *sums[1:]  # of all ranks together, where no step may count
         if args.norm_adv:
             deviation = ((squares - total.square() / count) / (count - 1).clamp(min=1)).clamp(min=0).sqrt()
             advantages = ((advantages - total / count) / (deviation + 1e-8)).float()
@@ -537,7 +537,7 @@ class Trainer:
             v_error = torch.max(v_error, (clipped_value - returns).square())
         gain = torch.min(advantages * ratio, advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef))
         figures = -gain, 0.5 * v_error, entropy, -logratio, ratio - 1 - logratio, (ratio - 1).abs() > args.clip_coef
-        means = (torch.stack(figures) * kept).flatten(1).sum(1) / count.clamp(min=1).float()
+        means = (torch.stack(figures) * kept).flatten(1).sum(1) / count.float()
         self.optimizer.zero_grad()
         loss = means[0] + args.vf_coef * means[1] - args.ent_coef * means[2]
         (loss * WORLD_SIZE).backward()  # which averages gradients over ranks, where a sum is due
@@ -660,7 +660,6 @@ def evaluate(args: Args) -> None:
     """Play a checkpoint, print how it did, and record its first episode beside it as a video or a cast of text."""
     trainer, frames = Trainer(dataclasses.replace(args, num_envs=1, vec="serial", env_batch_size=0, compile=False)), []
     with trainer.envs as envs:
-        os.environ["SDL_NO_SIGNAL_HANDLERS"] = "1"  # or pygame would leave SIGTERM without effect
         restore(trainer, load(args.resume)), trainer.start()
         trainer.returns, trouble = deque(), "" if envs.render_mode in ("rgb_array", "ansi") else "no such render_mode"
         while len(trainer.returns) < args.eval_episodes * envs.num_agents:
@@ -737,6 +736,7 @@ def autotune(args: Args, chosen: list[str]) -> None:
 
 def main() -> None:
     sys.path.append(os.getcwd())  # where one looks for a module of one's own
+    os.environ["SDL_NO_SIGNAL_HANDLERS"] = "1"  # or pygame would leave SIGTERM without effect
     args = tyro.cli(Args)  # to resume, what the checkpoint's arguments say holds, unless a flag says otherwise
     args = tyro.cli(Args, default=dataclasses.replace(load(args.resume)["args"], quiet=False)) if args.resume else args
     chosen = prepare(args)

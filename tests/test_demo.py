@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import multiprocessing
@@ -27,6 +28,7 @@ from gymnasium import spaces
 from rich.console import Console
 from running import ROOT, environment, run
 from test_scripts import running_in_group
+from torch import nn
 
 import demo
 import puffer_core
@@ -204,10 +206,52 @@ def test_masked_rows_never_touch_an_update(use_lstm):
                 for name in ("observations", "logprobs", "values", "next_values"):
                     getattr(experience, name)[flat] = torch.nan
                 experience.actions[flat] = 2**40
+                experience.states[flat & experience.starts] = torch.nan  # of the last observation before, say
             trainer.update()
             assert all(np.isfinite(value) for value in trainer.losses.values())
             weights.append(trainer.policy.state_dict())
     assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
+
+
+@pytest.mark.parametrize("use_lstm", [False, True])
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "envs:FloatTeam"])
+def test_minibatches_that_are_filled_up_teach_the_same(env_id, use_lstm):
+    """As for CUDA graphs, with rows that are no one's, and also if there are no others."""
+    weights = []
+    for more in (0, 5):
+        with trainer_of(env_id, num_steps=8, use_lstm=use_lstm, bptt_horizon=4, num_minibatches=3) as trainer:
+            learn, fill = trainer.learn, functools.partial(nn.functional.pad, pad=(0, 0, 0, more), value=-1)
+            trainer.learn = lambda index, learn=learn, fill=fill: learn(fill(index))
+            for is_learned_from in (True, True, False):
+                trainer.collect()
+                trainer.experience.valid &= is_learned_from
+                weights.append(flat_weights(trainer.policy))
+                trainer.update()
+            assert trainer.losses["entropy"] == trainer.losses["grad_norm"] == 0
+    for one, other in zip(weights[:3], weights[3:]):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_actions_are_drawn_from_the_policy():
+    parameters = torch.tensor([0.5, -1.0, 0.0, 2.0, 0.3])
+    args, layout = demo.Args(hidden_size=8), puffer_core.Layout(spaces.Box(-1, 1, (3,)))
+    policy = demo.Policy(layout, spaces.MultiDiscrete([3, 2]), args)
+    actions, logprobs, entropies = policy.act(parameters.expand(100_000, 5), None)
+    expected = [torch.distributions.Categorical(logits=part) for part in parameters.split([3, 2])]
+    for number, part in enumerate(expected):
+        frequencies = torch.bincount(actions[:, number], minlength=len(part.probs)) / 100_000
+        torch.testing.assert_close(frequencies, part.probs, rtol=0, atol=0.01)
+    torch.testing.assert_close(logprobs, sum(part.log_prob(one) for part, one in zip(expected, actions.T)))
+    torch.testing.assert_close(entropies[0], sum(part.entropy() for part in expected))
+    policy = demo.Policy(layout, spaces.Box(-1, 1, (5,)), args)
+    policy.log_std.data = parameters.neg()
+    actions, logprobs, _ = policy.act(parameters.expand(100_000, 5), None)
+    torch.testing.assert_close(actions.mean(0), parameters, rtol=0, atol=0.05)
+    torch.testing.assert_close(actions.std(0), parameters.neg().exp(), rtol=0.02, atol=0)
+    expected = torch.distributions.Normal(parameters, parameters.neg().exp())
+    torch.testing.assert_close(logprobs, expected.log_prob(actions).sum(-1))
+    assert not actions.requires_grad
 
 
 def test_agents_that_come_and_go_are_trained_on_while_they_live():
