@@ -659,7 +659,7 @@ def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) 
 def evaluate(args: Args) -> None:
     """Play a checkpoint, print how it did, and record its first episode beside it as a video or a cast of text."""
     trainer, frames = Trainer(dataclasses.replace(args, num_envs=1, vec="serial", env_batch_size=0, compile=False)), []
-    with trainer.envs as envs:
+    with trainer.envs as envs, contextlib.suppress(KeyboardInterrupt):  # what has been played until then counts
         restore(trainer, load(args.resume)), trainer.start()
         trainer.returns, trouble = deque(), "" if envs.render_mode in ("rgb_array", "ansi") else "no such render_mode"
         while len(trainer.returns) < args.eval_episodes * envs.num_agents:

@@ -1080,8 +1080,9 @@ def test_a_run_that_goes_on_from_a_quiet_one_is_not_quiet(tmp_path, monkeypatch,
     assert again.returncode == 0 and re.match("global_step=128 .* minutes_left=0 ", lines[-2])
 
 
-def test_sigterm_ends_a_game_that_pygame_draws(tmp_path, monkeypatch):
-    """Which it would not, as SDL takes signals for wishes to close a window, if nobody told it not to."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_game_that_pygame_draws(number, tmp_path, monkeypatch):
+    """Which it would not, as SDL takes signals for wishes to close a window; after Ctrl-C, what was played counts."""
     monkeypatch.chdir(tmp_path)
     flags = "--env-id CartPole-v1 --no-cuda --num-steps 16 --vec serial --hidden-size 8 --quiet --total-timesteps 128"
     demo.train(prepared(flags))
@@ -1089,9 +1090,11 @@ def test_sigterm_ends_a_game_that_pygame_draws(tmp_path, monkeypatch):
     playing = started(tmp_path, "--mode", "eval", "--resume", str(path), "--eval-episodes", "1000000")
     try:
         wait_for(lambda: "libSDL2" in Path(f"/proc/{playing.pid}/maps").read_text())
-        time.sleep(1)  # until a few pictures are drawn
-        playing.terminate()
-        assert playing.wait(timeout=10) == -signal.SIGTERM
+        time.sleep(2)  # until a few pictures are drawn
+        playing.send_signal(number)
+        stdout, _ = playing.communicate(timeout=20)
+        assert playing.returncode == (0 if number == signal.SIGINT else -signal.SIGTERM)
+        assert ("episodes: return" in stdout and "Recorded" in stdout) == (number == signal.SIGINT)
     finally:
         playing.kill()
 
