@@ -714,8 +714,8 @@ def sweep(args: Args, chosen: list[str]) -> None:
 def autotune(args: Args, chosen: list[str]) -> None:
     """Measure ways to step this environment, policy included, and print the command of the fastest."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    counts = sorted({8, 4 * cores, 16 * cores, 64 * cores}) if "num_envs" in chosen else [args.num_envs]
-    pools = [(count, workers) for count in counts for workers in {cores + cores % 2, 2 * cores} if count % workers == 0]
+    counts = [*dict.fromkeys((16 * cores, 64 * cores, 4 * cores, 8))] if "num_envs" in chosen else [args.num_envs]
+    pools = [(one, many) for one in counts for many in (2 * cores, cores + cores % 2, 4 * cores) if one % many == 0]
     ways = [f"--vec serial --env-batch-size 0 --num-envs {one}" for one in counts if one <= 32 or len(counts) == 1]
     args, results, deadline = dataclasses.replace(args, env_batch_size=0, zero_copy=True), [], time.perf_counter() + 50
     for count, workers in pools:  # an even number of workers, so that half of them is some
