@@ -150,7 +150,7 @@ def make_env(env_id: str, render: bool = False) -> Any:
 
 
 def kind_of(space: spaces.Space, action_space: spaces.Space | None = None) -> str:
-    """Tell NetHack, pictures that are large enough for the convolutions, and the rest by what the agent does."""
+    """Tell NetHack, what has a picture large enough for the convolutions, and the rest by what the agent does."""
     if isinstance(space, spaces.Dict) and set(NETHACK_KEYS) <= set(space):
         return "nethack"
     sizes = [leaf.shape for leaf in leaves_of(space) if leaf.dtype == np.uint8 and len(leaf.shape) == 3]
@@ -257,8 +257,8 @@ class Policy(nn.Module):
             actions = (gauss.loc + gauss.scale * torch.randn_like(gauss.loc)).detach() if actions is None else actions
             return actions, gauss.log_prob(actions).sum(-1), gauss.entropy().sum(-1)
         parts = [part.log_softmax(-1) for part in parameters.split(self.sizes, -1)]
-        if actions is None:  # by Gumbel noise, as torch.multinomial takes four times as long
-            actions = torch.stack([(one - torch.empty_like(one).exponential_().log()).argmax(-1) for one in parts], -1)
+        if actions is None:  # the likeliest with Gumbel noise, as Categorical's `sample` waits for a GPU
+            actions = torch.stack([nn.functional.gumbel_softmax(part).argmax(-1) for part in parts], dim=-1)
         logprobs = sum(part.gather(-1, one[..., None])[..., 0] for part, one in zip(parts, actions.unbind(-1)))
         return actions, logprobs, -sum((part.exp() * part).sum(-1) for part in parts)
 
@@ -324,7 +324,7 @@ class Graph:
         self.calls += 1
         for mine, given in zip(self.rows, rows):
             mine.fill_(-1)[: len(given)] = given  # a graph's sizes are fixed, and the last row is no one's
-        if self.calls <= 3:
+        if self.calls <= 3:  # in which libraries, compiler and optimizer prepare what cannot be captured
             return self.function(*self.rows)
         if self.calls == 4:
             torch.clear_autocast_cache()  # a graph casts weights itself, each time
@@ -638,7 +638,7 @@ def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) 
             stack.callback(signal.signal, number, signal.signal(number, trainer.stop))
         if args.resume:
             restore(trainer, load(args.resume))
-            args.expect("resume", not trainer.is_over(), "one that lacks --total-timesteps or --target-return yet")
+            args.expect("resume", not trainer.is_over(), "one short of --total-timesteps and --target-return")
         trainer.start()
         dashboard, is_over = stack.enter_context(Dashboard(trainer, path.parent)) if RANK == 0 else None, False
         dashboard and stack.callback(lambda: np.isfinite(trainer.losses.get("grad_norm", 0)) and save(trainer, path))

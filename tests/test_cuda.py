@@ -66,12 +66,12 @@ def test_an_update_on_the_gpu_is_that_of_the_cpu(env_id, use_lstm, monkeypatch):
     "env_id", ["BreakoutNoFrameskip-v4", "MiniHack-Room-5x5-v0", "envs:FloatTeam", "CartPole-v1", "Pendulum-v1"]
 )
 def test_graphs_do_what_their_functions_do(env_id, use_lstm, monkeypatch):
-    """Five updates, of which all but the first are graphs, whoever chooses the likeliest action."""
+    """Over five updates, in the first of which both are captured; nothing is drawn, all do what is likeliest."""
     monkeypatch.setattr(torch, "randperm", torch.arange)
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda noise: noise.fill_(1.0))
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     graph, trainers = demo.Graph, []
-    for wrap in (graph, lambda function, size=0: function):
+    for wrap in (graph, lambda function, *rows: function):
         monkeypatch.setattr(demo, "Graph", wrap)
         trainers.append(trainer_of(env_id, True, use_lstm=use_lstm, learning_rate=1e-4))
     one, other = trainers
@@ -88,15 +88,11 @@ def test_graphs_do_what_their_functions_do(env_id, use_lstm, monkeypatch):
         assert all(hasattr(graph, "result") for graph in (one.decide, one.learn))  # both were captured
 
 
-@pytest.mark.parametrize(
-    "ways",
-    [
-        {},
-        {"vec": "multiprocessing", "num_workers": 4, "env_batch_size": 2},
-        {"vec": "multiprocessing", "num_workers": 4, "env_batch_size": 2, "zero_copy": False},
-    ],
-    ids=["in step", "first-ready", "gathered"],
-)
+@pytest.mark.parametrize("ways", [
+    {},
+    {"vec": "multiprocessing", "num_workers": 4, "env_batch_size": 2},
+    {"vec": "multiprocessing", "num_workers": 4, "env_batch_size": 2, "zero_copy": False},
+], ids=["in step", "first-ready", "gathered"])
 @pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "CartPole-v1", "envs:FloatTeam"])
 def test_recomputed_logprobs_equal_the_sampled_ones(env_id, ways):
     """And what the policy saw is what the environments sent: no copy to the device was overtaken by the next batch."""
@@ -170,19 +166,10 @@ def test_a_run_is_resumed_and_played_on_either_device(flags):
         assert "1 episodes: return" in played.stdout, played.stderr
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        *(
-            "vanilla_ppo_atari.py",
-            "ppo_atari.py",
-            "large_ppo_atari.py",
-            "puffer_ppo_atari.py",
-            "large_puffer_ppo_atari.py",
-        ),
-        *("ppo_atari_envpool.py", "puffer_ppo_minihack.py", "puffer_vec_ppo_minihack.py"),
-    ],
-)
+@pytest.mark.parametrize("script", [
+    *("vanilla_ppo_atari.py", "ppo_atari.py", "large_ppo_atari.py", "puffer_ppo_atari.py", "large_puffer_ppo_atari.py"),
+    *("ppo_atari_envpool.py", "puffer_ppo_minihack.py", "puffer_vec_ppo_minihack.py"),
+])
 def test_every_script_trains_on_the_gpu(script):
     done = run(script, *[flag for flag in TINY if flag != "--no-cuda"], *OWN_FLAGS.get(script, ()))
     assert done.returncode == 0 and BATCH in dict(done.scalars("charts/SPS")), done.stderr

@@ -942,10 +942,10 @@ def test_a_run_that_is_over_is_not_gone_on_with(tmp_path, monkeypatch):
     (path,) = tmp_path.glob("runs/*/checkpoint.pt")
     contents = demo.load(str(path))
     assert contents["args"].precision == "auto"  # what this machine made of it holds for no other
-    with pytest.raises(SystemExit, match="checkpoint.pt: expected one that lacks --total-timesteps"):
+    with pytest.raises(SystemExit, match="checkpoint.pt: expected one short of --total-timesteps"):
         demo.train(dataclasses.replace(contents["args"], resume=str(path)))
     reached = dataclasses.replace(contents["args"], resume=str(path), total_timesteps=512, target_return=0.0)
-    with pytest.raises(SystemExit, match="checkpoint.pt: expected one that lacks --total-timesteps"):
+    with pytest.raises(SystemExit, match="checkpoint.pt: expected one short of --total-timesteps"):
         contents["returns"] = [9.0] * 100
         torch.save(contents | {"args": vars(contents["args"])}, path)
         demo.train(reached)
