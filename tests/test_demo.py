@@ -1314,5 +1314,6 @@ def test_autotune_measures_and_names_a_command(capsys, monkeypatch, one_core):
     assert len(speeds) >= 4 and min(speeds.values()) > 0
     command = last.partition(": ")[2]
     assert command.startswith(f"python demo.py {own} --vec ")
-    assert max(speeds, key=speeds.get) in command
+    named = next(way for way in speeds if command.endswith(way))
+    assert speeds[named] == max(speeds.values())  # two may be as fast as one another, as printed
     demo.prepare(tyro.cli(demo.Args, args=shlex.split(command)[2:]))
