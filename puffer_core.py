@@ -241,10 +241,11 @@ class ActionLayout:
             return self.valid[operator.index(flat)]  # a Discrete's: 0.2 us, where what follows takes 8
         except (KeyError, TypeError):  # not one integer, or none of these
             pass
-        values, is_box = np.asarray(flat), isinstance(self.flat_space, spaces.Box)
-        fits = not np.isnan(values).any() if is_box else values.dtype.kind in "biu" and self.flat_space.contains(values)
-        if values.shape != self.flat_space.shape or not fits:
-            raise ValueError(f"expected an action in {self.flat_space}, got {flat}")
+        values, space = np.asarray(flat), self.flat_space
+        is_box = isinstance(space, spaces.Box)  # others may be of a dtype that not every integer can be cast to
+        fits = not np.isnan(values).any() if is_box else values.dtype.kind in "biu" and values.tolist() in space
+        if values.shape != space.shape or not fits:
+            raise ValueError(f"expected an action in {space}, got {flat}")
 
         def take(leaf: Leaf, part: np.ndarray) -> Any:
             if leaf.bounds.dtype.kind == "f":
