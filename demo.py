@@ -718,7 +718,7 @@ def autotune(args: Args, chosen: list[str]) -> None:
     pools = [(one, many) for one in counts for many in (2 * cores, cores + cores % 2, 4 * cores) if one % many == 0]
     ways = [f"--vec serial --env-batch-size 0 --num-envs {one}" for one in counts if one <= 32 or len(counts) == 1]
     args, results, deadline = dataclasses.replace(args, env_batch_size=0, zero_copy=True), [], time.perf_counter() + 50
-    for count, workers in pools:  # an even number of workers, so that half of them is some
+    for count, workers in dict.fromkeys(pools):  # an even number of workers, so that half of them is some
         pool = f"--vec multiprocessing --num-envs {count} --num-workers {workers} --env-batch-size"
         ways += [f"{pool} 0 --zero-copy", f"{pool} {count // 2} --zero-copy", f"{pool} {count // 2} --no-zero-copy"]
     for way in (way for way in ways if time.perf_counter() < deadline):

@@ -1311,7 +1311,7 @@ def test_autotune_measures_and_names_a_command(capsys, monkeypatch, one_core):
     demo.autotune(args, demo.prepare(args))
     *measured, last = capsys.readouterr().out.splitlines()
     speeds = {line.partition(" with ")[2]: float(line.split()[0].replace(",", "")) for line in measured}
-    assert len(speeds) >= 4 and min(speeds.values()) > 0
+    assert len(measured) == len(speeds) >= 4 and min(speeds.values()) > 0  # nothing is measured twice
     command = last.partition(": ")[2]
     assert command.startswith(f"python demo.py {own} --vec ")
     named = next(way for way in speeds if command.endswith(way))
