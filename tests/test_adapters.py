@@ -147,6 +147,7 @@ def test_rows_and_masks_follow_agents_that_come_and_go(episodes):
     env = PettingZooPufferEnv(Team(episodes))
     assert env.num_agents == 3 and env.observation_space is env.single_observation_space
     assert env.observation_space.shape == (12,) and env.action_space == spaces.Discrete(3, start=1)
+    assert not env.masks.any() and env.episode_over  # nobody is there yet
     for episode, script in enumerate(episodes):
         observations, infos = env.reset(seed=episode)
         expected = expect(env, script, episode, 0)
@@ -192,6 +193,10 @@ def test_attributes_are_set_on_the_env_that_has_them():
     env.set_wrapper_attr("newcomer", 7)
     assert env.env.env.env.scripts is scripts and env.env.env.env.newcomer == env.get_wrapper_attr("newcomer") == 7
     assert "scripts" not in vars(env.env) and "newcomer" not in vars(env.env.env)
+    env.env.env.speed, env.env.env.env.speed = 1, 2
+    env.set_wrapper_attr("speed", 3)  # of the wrapper, which hides the environment's
+    env.set_wrapper_attr("render", render := functools.partial(print))  # the outermost wrapper has such a method
+    assert (env.env.env.speed, env.env.env.env.speed) == (3, 2) and env.env.render is render
     simulated = Team()
     simulated.env = Counter()  # an attribute that happens to have this name is no wrapped environment
     PettingZooPufferEnv(simulated).set_wrapper_attr("wind", 3)
@@ -279,6 +284,10 @@ def test_a_real_pettingzoo_env_has_the_same_trajectory_behind_the_adapter():
 class Informed(Counter):
     """Says something of every kind in its infos."""
 
+    def reset(self, *, seed=None, options=None):
+        self.level = options["level"]
+        return super().reset(seed=seed)
+
     def step(self, action):
         *result, _ = super().step(action)
         kinds = {"gold": 2, "speed": np.float32(0.5), "hit": True, "name": "x", "map": np.ones(3), "none": None}
@@ -288,8 +297,8 @@ class Informed(Counter):
 def test_episode_stats_come_once_an_episode_and_sum_the_infos():
     env = EpisodeStats(Informed(length=[3, 2], ends="truncate"))
     for episode, length in enumerate([3, 2, 3]):
-        _, info = env.reset(seed=episode)
-        assert info == {}
+        _, info = env.reset(seed=episode, options={"level": episode})
+        assert info == {} and env.unwrapped.level == episode
         for step in range(1, length + 1):
             *_, truncated, info = env.step(4)
             assert (info == {}) == (step < length) == (not truncated)

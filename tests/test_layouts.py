@@ -309,9 +309,12 @@ BAD_SAMPLES = {
     "NaN for an integer": (small(c=np.nan), r"\['b'\]\['c'\]"),
     "a tuple for a dict": (small(b=(2, np.ones(2, np.float32))), r"\['b'\]"),
     "a complex number": (small(c=2 + 1j), r"\['b'\]\['c'\]"),
+    "complex numbers for floats": (small(d=np.full(2, 1j)), r"\['b'\]\['d'\]"),
+    "numbers as text": (small(d=np.array(["1", "2"])), r"\['b'\]\['d'\]"),
 }
 
 
+@pytest.mark.filterwarnings("error")  # an error says all there is to say
 @pytest.mark.parametrize("name", BAD_SAMPLES)
 def test_a_sample_that_does_not_fit_is_refused_with_its_path(name):
     sample, message = BAD_SAMPLES[name]
@@ -359,11 +362,12 @@ UNSUPPORTED = {
     "Sequence": spaces.Sequence(spaces.Discrete(3)),
     "Graph": spaces.Graph(spaces.Box(0, 1, (2,)), None),
     "OneOf": spaces.OneOf([spaces.Discrete(2), spaces.Box(0, 1, (2,))]),
+    "Box": spaces.Box(0, 1, (2,), np.dtype(np.float32).newbyteorder()),  # its bytes lie the other way round
 }
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_spaces_without_a_fixed_size_are_refused_with_their_path(name):
+def test_spaces_that_cannot_be_flat_are_refused_with_their_path(name):
     bad = UNSUPPORTED[name]
     nested = spaces.Dict({"x": spaces.Discrete(2), "y": spaces.Tuple([spaces.Discrete(2), bad])})
     for build in (Layout, ActionLayout):
