@@ -242,8 +242,9 @@ def test_agents_with_different_spaces_are_refused_by_name():
 
 
 def test_what_is_no_parallel_env_is_refused():
-    for env in ({}, Counter()):
-        with pytest.raises(TypeError, match=f"ParallelEnv.*got {type(env)}"):
+    by_turns = pytest.importorskip("mpe2.simple_spread_v3").env()
+    for env in ({}, Counter(), by_turns):
+        with pytest.raises(TypeError, match=f"aec_to_parallel.*got {type(env)}"):
             PettingZooPufferEnv(env)
 
 

@@ -455,6 +455,9 @@ def test_equal_dtypes_of_other_names_will_do():
     layout = Layout(spaces.Box(-9, 9, (3,), np.int64))
     assert layout.flatten(np.arange(3, dtype=np.longlong)).tolist() == [0, 1, 2]
     assert layout.flatten(np.arange(3)[::-1]).tolist() == [2, 1, 0]
+    nested = Layout(spaces.Dict({"a": spaces.Box(-9, 9, (2,)), "b": spaces.Discrete(9)}))
+    rounded = nested.unflatten(nested.flatten({"a": [0.1, 1 / 3], "b": 5.0}))  # floats are, integers must be exact
+    assert rounded["a"].tolist() == np.array([0.1, 1 / 3], np.float32).tolist() and rounded["b"] == 5
 
 
 @pytest.mark.parametrize("make", [Layout, ActionLayout])
@@ -533,7 +536,8 @@ def test_box_actions_are_contained(space, seed):
     for layout, _, _ in check_actions(space, seed):
         assert isinstance(layout.flat_space, spaces.Box) and layout.flat_space.dtype.kind == "f"
         for extreme in (layout.flat_space.low, layout.flat_space.high, layout.flat_space.high + 1e6):
-            assert space.contains(layout.unflatten(extreme))
+            assert space.contains(action := layout.unflatten(extreme))
+            assert all(isinstance(value, np.ndarray) for *_, value in leaves_of(space, action))  # also of shape ()
 
 
 WHOLE_RANGE = ["int32", "int64", "uint64", "float16", "float32", "float64"]
