@@ -323,6 +323,17 @@ def test_closing_ends_envs_that_hang_and_that_cannot_be_terminated():
     assert time.perf_counter() - start < 4 and await_end(pids, 0) == []
 
 
+@pytest.mark.filterwarnings("error")  # whoever asks for it need not be told
+def test_closing_at_once_waits_for_nobody():
+    envs = Multiprocessing([Stubborn] * 2, num_workers=2)
+    envs.reset()
+    pids = [process.pid for process in multiprocessing.active_children()]
+    envs.send(np.zeros(2, int))
+    start = time.perf_counter()
+    envs.close(terminate=True)
+    assert time.perf_counter() - start < 2 and await_end(pids, 0) == []
+
+
 def test_closing_waits_for_what_environments_save(tmp_path):
     path = str(tmp_path / "events")
     envs = Multiprocessing([functools.partial(SlowToClose, path, name) for name in range(8)], num_workers=2)
