@@ -161,6 +161,24 @@ def test_a_worker_that_is_killed_between_two_calls_is_missed_at_the_next():
             assert time.perf_counter() - start < 2
 
 
+def test_a_worker_that_is_killed_within_a_message_is_told():
+    class Talkative(NoOp):
+        def step(self, action):
+            return *super().step(action)[:4], {"more than a pipe holds": bytes(2**20)}
+
+    with Multiprocessing([Talkative], num_workers=1, infos="all") as envs:
+        envs.reset()
+        assert len(envs.step(np.zeros(1, int))[4]["more than a pipe holds"][0]) == 2**20
+        envs.send(np.zeros(1, int))
+        while envs._lines[0].flag[0] != puffer_core.MESSAGE:
+            time.sleep(0.01)
+        os.kill(envs._lines[0].process.pid, signal.SIGKILL)
+        start = time.perf_counter()
+        with pytest.raises(WorkerError, match="killed by SIGKILL"):
+            envs.recv()
+        assert time.perf_counter() - start < 2
+
+
 def test_signals_without_a_name_are_told_too():
     class Shot(NoOp):
         def step(self, action):
