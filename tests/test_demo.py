@@ -26,7 +26,7 @@ import tyro
 import yaml
 from gymnasium import spaces
 from rich.console import Console
-from running import ROOT, environment, run
+from running import ROOT, environment, heed_ctrl_c, run
 from test_scripts import running_in_group
 from torch import nn
 
@@ -978,6 +978,7 @@ def started(directory, *flags):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_ctrl_c,
     )
 
 
