@@ -401,6 +401,13 @@ class Silent(Team):
         return super()._observe([one for one in present if one[2] != "T"])
 
 
+class Pausing(Team):
+    """A team whose second agent is not there for a step, and nobody says why."""
+
+    def __init__(self, scripts=(("+++", "+.+", "+++", "XXX"),)):
+        super().__init__(scripts)
+
+
 # Nine arrays, 13 kB: what MiniHack observes.
 MINIHACK_SPACE = spaces.Dict(
     {

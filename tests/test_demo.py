@@ -438,6 +438,16 @@ def test_categories_may_start_anywhere_and_absent_rows_be_zero(space):
     assert values.isfinite().all() and values[0] != values[1]
 
 
+@pytest.mark.parametrize("space, count", [
+    (spaces.Discrete(5), 5), (spaces.MultiDiscrete([2, 3]), 5),
+    (spaces.MultiBinary((2, 2)), 4), (spaces.Box(0, 1, (3,)), 3),
+], ids=str)  # fmt: skip
+def test_categories_are_read_one_hot_and_other_numbers_as_they_are(space, count):
+    reader = demo.Leaf(space, width=8)
+    reader(torch.as_tensor(space.sample())[None])
+    assert reader.network[1].in_features == count
+
+
 def test_an_env_that_is_flat_already_keeps_its_structure():
     env = demo.make_env("envs:flat")
     assert isinstance(env, puffer_core.EpisodeStats) and isinstance(env.observation_space, spaces.Dict)
@@ -784,6 +794,13 @@ def test_the_reward_of_dying_counts_without_a_last_observation_too(vec):
         assert valid[env].tolist() == played and (terminated * valid)[env].tolist() == died
         assert (starts * valid)[env].tolist() == [[one * two for one, two in zip(*rows)] for rows in zip(began, played)]
         assert (rewards * valid)[env].tolist() == [((10 * row + times) * played[row - 1]).tolist() for row in (1, 2, 3)]
+
+
+def test_an_action_that_led_nowhere_to_be_seen_is_not_learned_from():
+    with trainer_of("tests.envs:Pausing", num_envs=1, num_steps=9) as trainer:
+        assert trainer.collect()
+        valid = trainer.experience.valid[:-1].reshape(3, 9).astype(int)
+    assert valid.tolist() == [[1] * 9, [0, 0, 1] * 3, [1] * 9]  # the one before the pause, and what is in it
 
 
 @pytest.mark.parametrize("low, high, center, radius", [
