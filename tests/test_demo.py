@@ -1117,6 +1117,13 @@ def test_a_signal_ends_a_game_that_pygame_draws(number, tmp_path, monkeypatch):
         playing.kill()
 
 
+def test_a_run_that_is_to_stop_does_not_play_its_rollout_to_the_end():
+    with trainer_of("CartPole-v1", num_steps=10_000) as trainer:
+        assert not trainer.is_over()
+        trainer.stopping = True
+        assert not trainer.collect() and trainer.global_step == 0 and trainer.is_over()
+
+
 def test_ctrl_c_saves_and_leaves_no_process(tmp_path):
     process = started(tmp_path, "--num-steps", "32", "--num-workers", "2", "--checkpoint-interval", "0")
     try:
