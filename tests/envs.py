@@ -404,7 +404,7 @@ class Silent(Team):
 class Pausing(Team):
     """A team whose second agent is not there for a step, and nobody says why."""
 
-    def __init__(self, scripts=(("+++", "+.+", "+++", "XXX"),)):
+    def __init__(self, scripts=(("+++", "+.+", "+++", "X" * 3),)):
         super().__init__(scripts)
 
 

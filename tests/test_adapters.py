@@ -12,6 +12,7 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mpe2 import simple_spread_v3
 
 from puffer_core import EpisodeStats, GymnasiumPufferEnv, Layout, PettingZooPufferEnv, Serial
 from tests.envs import Actor, ArrayReward, Counter, Nested, Recycling, Team, total
@@ -206,8 +207,7 @@ def test_attributes_are_set_on_the_env_that_has_them():
 
 
 def test_attributes_of_a_real_pettingzoo_env_can_be_set_and_read():
-    simple_spread = pytest.importorskip("mpe2.simple_spread_v3")
-    env = PettingZooPufferEnv(simple_spread.parallel_env())  # which is AEC, behind several wrappers
+    env = PettingZooPufferEnv(simple_spread_v3.parallel_env())  # which is AEC, behind several wrappers
     env.set_wrapper_attr("max_cycles", 2)
     env.set_wrapper_attr("newcomer", 7)
     assert (env.get_wrapper_attr("max_cycles"), env.get_wrapper_attr("newcomer")) == (2, 7)
@@ -242,8 +242,7 @@ def test_agents_with_different_spaces_are_refused_by_name():
 
 
 def test_what_is_no_parallel_env_is_refused():
-    by_turns = pytest.importorskip("mpe2.simple_spread_v3").env()
-    for env in ({}, Counter(), by_turns):
+    for env in ({}, Counter(), simple_spread_v3.env()):  # the last takes turns
         with pytest.raises(TypeError, match=f"aec_to_parallel.*got {type(env)}"):
             PettingZooPufferEnv(env)
 
@@ -262,9 +261,8 @@ def test_a_copy_of_a_team_goes_its_own_way():
 
 
 def test_a_real_pettingzoo_env_has_the_same_trajectory_behind_the_adapter():
-    simple_spread = pytest.importorskip("mpe2.simple_spread_v3")
-    plain = simple_spread.parallel_env(max_cycles=6)
-    env = PettingZooPufferEnv(simple_spread.parallel_env(max_cycles=6))
+    plain = simple_spread_v3.parallel_env(max_cycles=6)
+    env = PettingZooPufferEnv(simple_spread_v3.parallel_env(max_cycles=6))
     agents, rng = env.possible_agents, np.random.default_rng(0)
     assert env.num_agents == 3 and env.observation_space == plain.observation_space("agent_0")
     for episode in range(2):

@@ -22,6 +22,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mpe2 import simple_spread_v3
 
 import puffer_core
 from puffer_core import (
@@ -454,9 +455,8 @@ def test_a_team_of_box_observations_equals_single_envs(backend):
 
 @backends
 def test_a_real_pettingzoo_env_steps_in_every_backend(backend):
-    simple_spread = pytest.importorskip("mpe2.simple_spread_v3")
-    plain_env = simple_spread.parallel_env(max_cycles=4)
-    with backend([lambda: simple_spread.parallel_env(max_cycles=4)] * 2) as envs:
+    plain_env = simple_spread_v3.parallel_env(max_cycles=4)
+    with backend([lambda: simple_spread_v3.parallel_env(max_cycles=4)] * 2) as envs:
         observations, _ = envs.reset(seed=[6, 6])
         expected, _ = plain_env.reset(seed=6)
         for step in range(4):
