@@ -758,7 +758,7 @@ def _worker(is_main: bool, env_fns: CloudpickleWrapper, *line_arguments: Any) ->
     for name, limit in ("torch", "set_num_threads"), ("cv2", "setNumThreads"), ("threadpoolctl", "threadpool_limits"):
         with contextlib.suppress(Exception):  # not installed, broken, or a torch that nothing here has imported yet
             getattr(sys.modules[name] if name == "torch" else __import__(name), limit)(1)
-    random.seed(), np.random.seed()  # a fork starts with its parent's random state
+    np.random.seed()  # a fork starts with its parent's random state; Python's own generator sees to that itself
     line = _Line(*line_arguments)
     with contextlib.suppress(EOFError, OSError), contextlib.closing(_Shard(env_fns.fn, line.progress)) as shard:
         for request in iter(line.next_request, None):  # an EOFError: the parent is gone

@@ -391,6 +391,7 @@ TEAM_SCRIPTS = {
     "another set of agents in turn": [("++.", "+++", "XTX"), (".++", ".+T", ".X."), ("+..", "+..", "T..")],
     "one after the other": [("+++", "T++", ".X+", "..T")],
     "a last one who was not there before": [("+..", "..+", "TX.")],
+    "nobody in every other episode": [("...", "..."), ("+++", "T+X", ".X.")],
 }
 
 
