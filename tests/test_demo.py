@@ -19,6 +19,7 @@ from pathlib import Path
 import cv2
 import gymnasium
 import numpy as np
+import optuna
 import psutil
 import pytest
 import torch
@@ -609,6 +610,36 @@ def test_an_update_is_that_of_vanilla_ppo_atari():
     while not distances or (distances[-1] > 1e-5 and len(distances) < 3):
         distances.append(beside_vanilla_ppo_atari(seed=3 + len(distances))[0])
     assert distances[-1] <= 1e-5 and max(distances) < 1e-3, distances
+
+
+@pytest.mark.parametrize("norm_adv", [True, False])
+@pytest.mark.parametrize("clip_vloss", [True, False])
+def test_losses_are_as_flags_say(norm_adv, clip_vloss):
+    """Of a minibatch, once the policy is another than the one that acted."""
+    flags = {"norm_adv": norm_adv, "clip_vloss": clip_vloss, "clip_coef": 0.01, "learning_rate": 0.01}
+    with trainer_of("CartPole-v1", num_steps=32, **flags) as trainer:
+        for _ in range(2):
+            trainer.collect()
+            trainer.update()
+        trainer.collect()
+        index, experience = trainer.prepare().view(-1, 1)[:64], trainer.experience
+        for _ in range(20):
+            trainer.learn(index)
+        logprobs, values, advantages, returns = [
+            part[index] for part in (experience.logprobs, experience.values, experience.advantages, experience.returns)
+        ]
+        with torch.no_grad():
+            steps = experience.observations[index], experience.states[index[:, 0]], experience.starts[index]
+            _, new, entropy, value, _ = trainer.policy(*steps, experience.actions[index])
+        gain = (advantages - advantages.mean()) / (advantages.std() + 1e-8) if norm_adv else advantages
+        ratio = (new - logprobs).exp()
+        policy_loss = torch.max(-gain * ratio, -gain * ratio.clamp(0.99, 1.01)).mean()
+        clipped = values + (value - values).clamp(-0.01, 0.01)
+        errors, others = (value - returns).square(), (clipped - returns).square()
+        assert (others > errors).any() and (ratio > 1.01).any() and (ratio < 0.99).any()
+        value_loss = 0.5 * (torch.max(errors, others) if clip_vloss else errors).mean()
+        expected = torch.stack([policy_loss, value_loss, entropy.mean(), (logprobs - new).mean()])
+        torch.testing.assert_close(trainer.learn(index)[:4], expected)
 
 
 def test_bfloat16_goes_the_way_of_float32():
@@ -1325,6 +1356,20 @@ def test_a_trial_that_fails_ends_no_sweep(failing, observe, tmp_path, monkeypatc
     else:
         demo.sweep(args, chosen)
         assert "Best of 2 trials" in capsys.readouterr().out
+
+
+def test_a_hopeless_trial_is_pruned(tmp_path, monkeypatch):
+    """The sixth: it has to reach the median of five, from the second update on."""
+    monkeypatch.chdir(tmp_path)
+    made = itertools.count()  # one to look at the spaces, then one a trial
+    monkeypatch.setattr(Counter, "__init__", lambda env, init=Counter.__init__: init(env, 3 if next(made) < 6 else 1))
+    flags = "--mode sweep --env-id tests.envs:Counter --vec serial --num-envs 1 --num-steps 16 --total-timesteps 64"
+    args = tyro.cli(demo.Args, args=[*flags.split(), "--hidden-size", "8", "--sweep-trials", "6", "--no-cuda"])
+    demo.sweep(args, demo.prepare(args))
+    storage = f"sqlite:///{next(tmp_path.glob('runs/*/study.db'))}"
+    *others, last = optuna.load_study(study_name=None, storage=storage).trials
+    assert [trial.state.name for trial in others] == ["COMPLETE"] * 5 and last.state.name == "PRUNED"
+    assert [[*trial.intermediate_values] for trial in (others[0], last)] == [[1, 2, 3, 4], [1, 2]]
 
 
 def test_autotune_measures_and_names_a_command(capsys, monkeypatch, one_core):
