@@ -27,7 +27,7 @@ import tyro
 import yaml
 from gymnasium import spaces
 from rich.console import Console
-from running import ROOT, environment, heed_ctrl_c, run
+from running import ROOT, Run, environment, heed_ctrl_c, run
 from test_scripts import running_in_group
 from torch import nn
 
@@ -760,6 +760,16 @@ def test_a_run_prints_logs_and_saves(finished):
     (path,) = finished.directory.glob("runs/*/checkpoint.pt")
     assert torch.load(path, weights_only=True)["iteration"] == 4
     assert not list(finished.directory.glob("runs/*/*.part"))
+
+
+def test_what_nobody_knows_yet_is_not_logged(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = "--env-id CartPole-v1 --num-envs 2 --num-steps 4 --total-timesteps 8 --quiet --vec serial --no-cuda"
+    demo.train(prepared(flags))  # no pole falls within four steps
+    events = Run("", "", 0, tmp_path).events()
+    logged = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
+    assert logged["charts/episodes"] == 0 and "charts/episodic_return" not in logged
+    assert np.isfinite(list(logged.values())).all(), logged
 
 
 def test_nethack_is_played_and_recorded_as_text(finished):
