@@ -1,17 +1,25 @@
 """Every script through its real command line: what it prints, logs and leaves, and what it says of wrong flags."""
 
+import itertools
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from running import BATCH, NUM_ENVS, ROOT, TINY, UPDATES, environment, heed_ctrl_c, run, tiny_run
+
+import vanilla_ppo_atari
 
 SCRIPTS = (
     "vanilla_ppo_atari.py",
@@ -42,10 +50,77 @@ def test_it_runs_prints_and_logs(script):
     assert re.fullmatch(r"global_step=\d+, episodic_return=-?\d+\.\d+", done.lines("global_step=")[0])
     events = done.events()
     assert set(events.Tags()["scalars"]) == TAGS
+    rates = [event.value for event in events.Scalars("charts/learning_rate")]
+    assert rates == pytest.approx([2.5e-4 * (1 - update / UPDATES) for update in range(UPDATES)])
     assert events.Tags()["tensors"] == ["hyperparameters/text_summary"]
     (text,) = events.Tensors("hyperparameters/text_summary")
     assert f"|num_envs|{NUM_ENVS}|" in text.tensor_proto.string_val[0].decode()
     assert f"|batch_size|{BATCH}|" in text.tensor_proto.string_val[0].decode()
+
+
+@pytest.mark.parametrize("flags", ["", "--no-norm-adv --no-clip-vloss"])
+def test_an_update_is_what_the_formulas_of_ppo_say(flags, tmp_path, monkeypatch):
+    """Three steps on one whole batch of the real game, played and worked out anew; all scripts' updates are the same
+    lines (test_script_diffs.py)."""
+    monkeypatch.chdir(tmp_path)
+    size, clip = "--num-envs 2 --num-steps 64 --total-timesteps 128 --num-minibatches 1 --update-epochs 3", 0.003
+    monkeypatch.setattr(sys, "argv", ["", *size.split(), *flags.split(), "--no-cuda", "--clip-coef", str(clip)])
+    torch.set_num_threads(1)
+    ran = types.SimpleNamespace(**runpy.run_path(str(ROOT / "vanilla_ppo_atari.py"), run_name="__main__"))
+
+    # The agent that it began with plays the same games
+    functions = [vanilla_ppo_atari.make_env("BreakoutNoFrameskip-v4", index, False, "") for index in range(2)]
+    envs = SyncVectorEnv(functions, autoreset_mode=AutoresetMode.SAME_STEP)
+    torch.manual_seed(1)
+    agent = vanilla_ppo_atari.Agent(envs)
+    observations, rewards, ends = [torch.as_tensor(envs.reset(seed=1)[0])], [], []
+    for actions in ran.actions:
+        observation, reward, terminations, truncations, _ = envs.step(actions.numpy())
+        observations.append(torch.as_tensor(observation))
+        rewards.append(torch.as_tensor(reward)), ends.append(torch.as_tensor(terminations | truncations))
+    envs.close()
+    *observations, last = torch.stack(observations)
+    rewards, ends = torch.stack(rewards).float(), torch.stack(ends)
+    assert rewards.any() and ends.any()
+    with torch.no_grad():
+        games, played = torch.cat(observations), ran.actions.flatten()
+        _, logprobs, _, values = agent.get_action_and_value(games, played)
+        following = torch.cat([values.view(64, 2), agent.get_value(last).view(1, 2)])
+
+    # An advantage is a sum of errors, which fade with the time to them and end with the episode
+    advantages = torch.zeros(64, 2)
+    for env, begin in itertools.product(range(2), range(64)):
+        for step in range(begin, 64):
+            goes_on = not ends[step, env]
+            error = rewards[step, env] + 0.99 * following[step + 1, env] * goes_on - following[step, env]
+            advantages[begin, env] += (0.99 * 0.95) ** (step - begin) * error
+            if not goes_on:
+                break
+    advantages, values = advantages.view(-1, 1), values.view(-1, 1)
+    returns, gain = advantages + values, advantages
+    torch.testing.assert_close(ran.b_returns, returns.flatten(), rtol=1e-4, atol=1e-5)
+
+    if not flags:
+        gain = (gain - gain.mean()) / (gain.std() + 1e-8)
+    optimizer, clipped = torch.optim.Adam(agent.parameters(), lr=2.5e-4, eps=1e-5), []
+    for _ in range(3):
+        _, new, entropy, value = agent.get_action_and_value(games, played)
+        ratio = (new - logprobs).exp().view(-1, 1)
+        bounded = torch.where(gain > 0, ratio.clamp(max=1 + clip), ratio.clamp(min=1 - clip))
+        errors = (value.view(-1, 1) - returns).square()
+        if not flags:
+            errors = errors.maximum((value.view(-1, 1).clamp(values - clip, values + clip) - returns).square())
+        losses = -(gain * bounded).mean(), 0.5 * errors.mean(), entropy.mean()
+        optimizer.zero_grad()
+        (losses[0] + 0.5 * losses[1] - 0.01 * losses[2]).backward()
+        torch.nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
+        optimizer.step()
+        clipped.append(((ratio - 1).abs() > clip).float().mean().item())
+    assert clipped[-1] > 0.2
+    torch.testing.assert_close(torch.stack([ran.pg_loss, ran.v_loss, ran.entropy_loss]), torch.stack(losses))
+    assert np.mean(ran.clipfracs) == pytest.approx(np.mean(clipped), abs=0.01)
+    for weights, expected in zip(ran.agent.parameters(), agent.parameters(), strict=True):
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-5)
 
 
 def test_steps_per_second_are_those_of_the_iteration():
