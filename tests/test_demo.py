@@ -28,7 +28,7 @@ import yaml
 from gymnasium import spaces
 from rich.console import Console
 from running import ROOT, Run, environment, heed_ctrl_c, run
-from test_scripts import running_in_group
+from test_scripts import ppo_losses, running_in_group
 from torch import nn
 
 import demo
@@ -589,12 +589,8 @@ def beside_vanilla_ppo_atari(seed, precision="fp32"):
             optimizer.param_groups[0]["lr"] = 2.5e-4 * (1 - update / 10)
             for chosen in [part for _ in range(4) for part in torch.randperm(256).tensor_split(4)]:
                 _, new, entropy, value = agent.get_action_and_value(observations[chosen], actions[chosen])
-                ratio, gain = (new - logprobs[chosen]).exp(), advantages[chosen]
-                gain = (gain - gain.mean()) / (gain.std() + 1e-8)
-                policy_loss = torch.max(-gain * ratio, -gain * ratio.clamp(0.9, 1.1)).mean()
-                value, old, target = value.view(-1), values[chosen], returns[chosen]
-                clipped = old + (value - old).clamp(-0.1, 0.1)
-                value_loss = 0.5 * torch.max((value - target) ** 2, (clipped - target) ** 2).mean()
+                before = logprobs[chosen], advantages[chosen], value.view(-1), values[chosen], returns[chosen]
+                policy_loss, value_loss = ppo_losses(new, *before)
                 optimizer.zero_grad()
                 (policy_loss - 0.01 * entropy.mean() + 0.5 * value_loss).backward()
                 torch.nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
@@ -631,14 +627,10 @@ def test_losses_are_as_flags_say(norm_adv, clip_vloss):
         with torch.no_grad():
             steps = experience.observations[index], experience.states[index[:, 0]], experience.starts[index]
             _, new, entropy, value, _ = trainer.policy(*steps, experience.actions[index])
-        gain = (advantages - advantages.mean()) / (advantages.std() + 1e-8) if norm_adv else advantages
-        ratio = (new - logprobs).exp()
-        policy_loss = torch.max(-gain * ratio, -gain * ratio.clamp(0.99, 1.01)).mean()
-        clipped = values + (value - values).clamp(-0.01, 0.01)
-        errors, others = (value - returns).square(), (clipped - returns).square()
-        assert (others > errors).any() and (ratio > 1.01).any() and (ratio < 0.99).any()
-        value_loss = 0.5 * (torch.max(errors, others) if clip_vloss else errors).mean()
-        expected = torch.stack([policy_loss, value_loss, entropy.mean(), (logprobs - new).mean()])
+        for change in ((new - logprobs).exp() - 1, value - values):
+            assert (change > 0.01).any() and (change < -0.01).any()  # so that clipping makes a difference
+        losses = ppo_losses(new, logprobs, advantages, value, values, returns, 0.01, norm_adv, clip_vloss)
+        expected = torch.stack([*losses, entropy.mean(), (logprobs - new).mean()])
         torch.testing.assert_close(trainer.learn(index)[:4], expected)
 
 

@@ -58,6 +58,18 @@ def test_it_runs_prints_and_logs(script):
     assert f"|batch_size|{BATCH}|" in text.tensor_proto.string_val[0].decode()
 
 
+def ppo_losses(new, logprobs, advantages, value, values, returns, clip=0.1, norm_adv=True, clip_vloss=True):
+    """The losses of policy and values, written out plainly from Schulman et al. 2017; tensors of one shape."""
+    if norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    ratio = (new - logprobs).exp()
+    bounded = torch.where(advantages > 0, ratio.clamp(max=1 + clip), ratio.clamp(min=1 - clip))
+    errors = (value - returns).square()
+    if clip_vloss:
+        errors = errors.maximum((value.clamp(values - clip, values + clip) - returns).square())
+    return -(advantages * bounded).mean(), 0.5 * errors.mean()
+
+
 @pytest.mark.parametrize("flags", ["", "--no-norm-adv --no-clip-vloss"])
 def test_an_update_is_what_the_formulas_of_ppo_say(flags, tmp_path, monkeypatch):
     """Three steps on one whole batch of the real game, played and worked out anew; all scripts' updates are the same
@@ -96,28 +108,23 @@ def test_an_update_is_what_the_formulas_of_ppo_say(flags, tmp_path, monkeypatch)
             advantages[begin, env] += (0.99 * 0.95) ** (step - begin) * error
             if not goes_on:
                 break
-    advantages, values = advantages.view(-1, 1), values.view(-1, 1)
-    returns, gain = advantages + values, advantages
-    torch.testing.assert_close(ran.b_returns, returns.flatten(), rtol=1e-4, atol=1e-5)
+    advantages, values = advantages.flatten(), values.flatten()
+    returns, options = advantages + values, {"norm_adv": not flags, "clip_vloss": not flags}
+    torch.testing.assert_close(ran.b_returns, returns, rtol=1e-4, atol=1e-5)
 
-    if not flags:
-        gain = (gain - gain.mean()) / (gain.std() + 1e-8)
     optimizer, clipped = torch.optim.Adam(agent.parameters(), lr=2.5e-4, eps=1e-5), []
     for _ in range(3):
         _, new, entropy, value = agent.get_action_and_value(games, played)
-        ratio = (new - logprobs).exp().view(-1, 1)
-        bounded = torch.where(gain > 0, ratio.clamp(max=1 + clip), ratio.clamp(min=1 - clip))
-        errors = (value.view(-1, 1) - returns).square()
-        if not flags:
-            errors = errors.maximum((value.view(-1, 1).clamp(values - clip, values + clip) - returns).square())
-        losses = -(gain * bounded).mean(), 0.5 * errors.mean(), entropy.mean()
+        policy_loss, value_loss = ppo_losses(
+            new, logprobs, advantages, value.flatten(), values, returns, clip, **options
+        )
         optimizer.zero_grad()
-        (losses[0] + 0.5 * losses[1] - 0.01 * losses[2]).backward()
+        (policy_loss + 0.5 * value_loss - 0.01 * entropy.mean()).backward()
         torch.nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
         optimizer.step()
-        clipped.append(((ratio - 1).abs() > clip).float().mean().item())
+        clipped.append((((new - logprobs).exp() - 1).abs() > clip).float().mean().item())
     assert clipped[-1] > 0.2
-    torch.testing.assert_close(torch.stack([ran.pg_loss, ran.v_loss, ran.entropy_loss]), torch.stack(losses))
+    torch.testing.assert_close([ran.pg_loss, ran.v_loss, ran.entropy_loss], [policy_loss, value_loss, entropy.mean()])
     assert np.mean(ran.clipfracs) == pytest.approx(np.mean(clipped), abs=0.01)
     for weights, expected in zip(ran.agent.parameters(), agent.parameters(), strict=True):
         torch.testing.assert_close(weights, expected, rtol=0, atol=1e-5)
