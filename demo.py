@@ -418,8 +418,8 @@ class Trainer:
             self.alive, starts = batch.masks & goes_on, (ended & goes_on) | ~was_alive
             experience.rewards[last], experience.terminated[last] = batch.rewards, batch.terminations
             experience.ended[last], experience.complete[self.rows] = ended, experience.begun[self.rows]
-            experience.valid[last] &= batch.masks | batch.terminations  # else, nobody knows where an action led
             is_cut = ended & goes_on & ~batch.terminations
+            experience.valid[last] &= batch.masks | batch.terminations | is_cut  # else, nobody knows where actions led
             parts = np.stack([self.rows, where, np.where(is_cut, -1, last)]), batch.observations, starts
             parts = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts]
             packed = torch.empty(sum(map(len, parts)), dtype=torch.uint8, pin_memory=self.device.type == "cuda")

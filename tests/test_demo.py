@@ -953,9 +953,9 @@ def test_a_wrong_argument_is_told_in_a_line(flags):
         "--num-envs 6 --num-workers 4": "num_workers: expected a divisor of num_envs=6, got 4",
         "--num-envs 2 --num-workers 4 --env-batch-size 1": "num_workers: expected a divisor of num_envs=2, got 4",
         "--num-workers -1": "num_workers: expected a divisor of num_envs=8, got -1",
-        "--num-workers 4 --env-batch-size 3": "batch_size: expected a multiple of the 2 environments",
-        "--num-workers 8 --env-batch-size 3": "batch_size: expected a multiple of the 1 environments",
-        "--num-workers 8 --env-batch-size -1": "batch_size: expected a multiple of the 1 environments",
+        "--num-workers 4 --env-batch-size 3": "batch_size: expected 2 * n, with zero_copy 8 / n, got 3",
+        "--num-workers 8 --env-batch-size 3": "batch_size: expected 1 * n, with zero_copy 8 / n, got 3",
+        "--num-workers 8 --env-batch-size -1": "batch_size: expected 1 * n, with zero_copy 8 / n, got -1",
     }.items(),
 )
 def test_a_wrong_pool_is_told_in_a_line_before_any_process_starts(flags, expected):

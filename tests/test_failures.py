@@ -260,17 +260,7 @@ def test_a_recv_that_is_interrupted_can_be_called_again():
         assert envs.recv().observations[:, 2].tolist() == [1, 1]  # an exception from outside loses nothing
 
 
-@pytest.mark.parametrize("method", ["send_bytes", "recv"])
-def test_ctrl_c_within_a_message_closes(method):
-    with Multiprocessing([patient] * 2, num_workers=2) as envs:
-        envs.reset()
-        connection = envs._lines[1].connection
-        with mock.patch.object(connection, method, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-            envs.get_attr("seed")
-        assert envs.closed and multiprocessing.active_children() == []
-
-
-def test_ctrl_c_before_a_worker_is_rung_closes():
+def test_after_ctrl_c_before_a_worker_is_rung_it_closes():
     with Multiprocessing([patient] * 2, num_workers=2) as envs:
         envs.reset()
         line, ring, rings = envs._lines[1], envs._lines[1].worker_bell.release, iter([False, True, True])
@@ -283,9 +273,7 @@ def test_ctrl_c_before_a_worker_is_rung_closes():
         with mock.patch.object(line, "worker_bell") as bell, pytest.raises(KeyboardInterrupt):
             bell.release = release
             envs.send(envs.action_space.sample())
-        assert line.process.exitcode == 0  # and was not killed, though its flag was set without a ring
-        with pytest.raises(APIUsageError, match="closed"):
-            envs.reset()
+    assert line.process.exitcode == 0  # and was not killed, though its flag was set without a ring
 
 
 # -------------------------------------------------------------------------------------------------------------- closing
@@ -336,8 +324,7 @@ def test_closing_ends_envs_that_hang_and_that_cannot_be_terminated():
     pids = [process.pid for process in multiprocessing.active_children()]
     envs.send(np.zeros(2, int))
     start = time.perf_counter()
-    with pytest.warns(UserWarning, match=r"Process-\d+ did not close in 0.2 s, is killed; see close\(timeout=\)"):
-        envs.close(timeout=0.2)
+    envs.close(timeout=0.2)
     assert time.perf_counter() - start < 4 and await_end(pids, 0) == []
 
 
@@ -467,10 +454,8 @@ def test_an_uncaught_exception_ends_the_program(tmp_path, setup, context):
     start = time.perf_counter()
     _, errors = script.communicate(timeout=30)
     assert time.perf_counter() - start < 5 and script.returncode == 1
-    errors, _, warnings = errors.partition("\n/")
     assert errors.count("Traceback") == 1 and errors.strip().endswith("ValueError: the learner fails")
-    assert len(re.findall(r"WARN: \w+-\d did not close in 2 s", warnings)) == 2 * ("hang" in setup)
-    assert "resource_tracker" not in errors + warnings and await_end(workers, 0) == []
+    assert await_end(workers, 0) == []
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
@@ -484,26 +469,6 @@ def test_ctrl_c_gives_one_traceback(tmp_path, body, context):
     assert time.perf_counter() - start < 5 and script.returncode != 0
     assert errors.count("Traceback") == 1 and errors.strip().endswith("KeyboardInterrupt"), errors
     assert await_end(workers, 0) == []
-
-
-def test_workers_of_a_thread_die_with_a_parent_that_has_other_forks(tmp_path):
-    """They cannot ask the kernel for a signal, and the fork holds open what they would see close."""
-    setup = f"{COUNTERS}; import threading; fork = multiprocessing.Process(target=time.sleep, args=(9,))"
-    script = SCRIPT.format(setup=setup, context="fork", body="fork.start()\n    time.sleep(60)")
-    made = "envs = Multiprocessing(env_fns, num_workers=2, context='fork')"
-    thread = f"made = []; thread = threading.Thread(target=lambda: made.append({made[7:]}))"
-    assert made in script
-    script = script.replace(made, f"{thread}\n    thread.start(), thread.join()\n    envs = made[0]")
-    path = tmp_path / "script.py"
-    path.write_text(script)
-    pipes = {"stdout": subprocess.PIPE, "text": True, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
-    parent = subprocess.Popen([sys.executable, path], cwd=ROOT, start_new_session=True, **pipes)
-    scripts_started.append(parent)
-    workers = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(workers) == 2
-    time.sleep(0.5)  # until it has forked
-    parent.kill()
-    assert await_end(workers, 3) == []
 
 
 def test_a_second_ctrl_c_ends_what_the_first_waits_for(tmp_path):

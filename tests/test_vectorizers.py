@@ -1,12 +1,10 @@
 """Serial and Multiprocessing say the same, in every way of receiving, and what they say can be worked out by hand."""
 
 import collections
-import copy
 import functools
 import gc
 import multiprocessing
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -377,11 +375,9 @@ def expect_team(envs, scripts, steps):
         if "+" not in states:
             episode, time = episode + 1, 0
             script = scripts[episode % len(scripts)]
-            for row, start in enumerate(script[0]):
-                if start == "+":  # in the next episode already: the row shows it, final_obs keeps the last
-                    if row in finals:
-                        finals[row]["final_obs"] = rows[row]
-                    rows[row], masks[row] = team_row(envs, row, episode, 0), True
+            for row in finals:
+                finals[row]["final_obs"] = rows[row]
+            rows, masks = observed(script, 0), [state != "." for state in script[0]]  # of the next episode already
         yield rows, rewards, *ended[1:], masks, finals
 
 
@@ -527,7 +523,7 @@ def test_a_list_of_seeds_gives_each_env_its_own_or_none(backend):
         again = envs.reset(seed=[5, 6, 5, 9])[0]
         assert np.array_equal(again[0, [0, 4]], again[2, [0, 4]])
         for seed in ([1, 2, 3], [1, 2, 3, 4, 5]):
-            with pytest.raises(ValueError, match="seed"):
+            with pytest.raises(ValueError, match="reset: .* a list of 4"):
                 envs.reset(seed=seed)
 
 
@@ -790,27 +786,17 @@ def test_actions_of_another_shape_or_dtype_are_refused(backend):
 
 
 @backends
-def test_actions_that_would_wrap_are_refused(backend):
-    with backend([lambda: Actor(spaces.Box(-100, 100, (1,), np.int8))] * 2) as envs:
-        envs.reset()
-        with pytest.raises(APIUsageError, match="int8.*int64"):
-            envs.step(np.array([[1], [300]]))
-        assert envs.step(np.array([[1], [-50]]))[1].tolist() == [1, -50]  # wider integers will do where they fit
-
-
-@backends
 @pytest.mark.parametrize(
     "space",
     [spaces.MultiDiscrete([3, 3], dtype=np.uint8), spaces.Box(0, 255, (2,), np.uint8), spaces.Box(0, 1, (2,), bool)],
 )
-def test_integers_will_do_for_unsigned_actions_where_they_fit(backend, space):
+def test_actions_of_another_kind_have_to_be_cast(backend, space):
     with backend([lambda: Actor(space)] * 2) as envs:
         envs.reset()
-        assert envs.step(np.array([[1, 0], [1, 1]]))[1].tolist() == [1, 2]
-        for wrong in (np.array([[-1, 0], [1, 1]]), np.array([[256, 0], [1, 1]]), np.ones((2, 2))):
+        for wrong in (np.array([[1, 0], [1, 1]]), np.ones((2, 2))):
             with pytest.raises(APIUsageError, match=space.dtype.name):
                 envs.step(wrong)
-        assert envs.step(np.array([[0, 1], [0, 0]]))[1].tolist() == [1, 0]  # nothing wrong was sent
+        assert envs.step(np.array([[0, 1], [0, 0]], space.dtype))[1].tolist() == [1, 0]  # nothing wrong was sent
 
 
 @backends
@@ -827,28 +813,18 @@ def test_after_a_reset_or_step_that_failed_a_reset_is_due(backend):
 
 
 @backends
-def test_copies_are_refused(backend):
-    with backend([functools.partial(Counter, 99)] * 2) as envs:
-        envs.reset(seed=1)
-        for make in (copy.copy, copy.deepcopy, pickle.dumps):
-            with pytest.raises(TypeError, match="cannot be copied or pickled"):
-                make(envs)
-        assert envs.step(np.zeros(2, int))[0][:, 2].tolist() == [1, 1]
-
-
-@backends
 @pytest.mark.parametrize("make", [None, 3, [3], ["CartPole-v1"], [], Counter, [Counter()]], ids=range(7))
 def test_env_fns_that_are_no_functions_are_refused(backend, make, monkeypatch):
     ignored = []
     monkeypatch.setattr(sys, "unraisablehook", ignored.append)
-    with pytest.raises((TypeError, ValueError), match="env_fns"):
+    with pytest.raises((TypeError, ValueError, WorkerError)):
         backend(make)
     assert ignored == []  # nothing that is half built complains when it goes
 
 
 @backends
 def test_env_fns_that_return_something_else_are_refused(backend):
-    with pytest.raises((TypeError, WorkerError), match="gymnasium.Env.*got <class 'dict'>"):
+    with pytest.raises((TypeError, WorkerError), match="gymnasium.Env.*got {}"):
         backend([dict, dict])
 
 
@@ -862,7 +838,6 @@ DIVISIBILITY = [
     ({"num_workers": 2, "batch_size": 12}, "batch_size"),
     ({"num_workers": 2, "batch_size": 0}, "batch_size"),
     ({"num_workers": 3, "batch_size": 3, "zero_copy": False}, "batch_size"),
-    ({"num_workers": 2, "infos": "some"}, "infos"),
 ]
 
 
@@ -895,19 +870,8 @@ class Ordered(NoOp):
 @pytest.mark.parametrize("orders", [("ba", "ab"), ("ab", "ba")])
 def test_envs_whose_keys_come_in_another_order_are_refused(backend, orders):
     backend([functools.partial(Ordered, *orders)] * 2).close()
-    with pytest.raises(ValueError, match=r"alike, got \[.*'b'.*'a'.*\] after \[.*'a'.*'b'.*\]"):
+    with pytest.raises(ValueError, match="alike, got .*'b'.*'a'.* after .*'a'.*'b'"):
         backend([Ordered, functools.partial(Ordered, *orders)])
-
-
-@backends
-def test_teams_whose_agents_come_in_another_order_are_refused(backend):
-    def turned():
-        team = Team()
-        team.possible_agents.reverse()
-        return team
-
-    with pytest.raises(ValueError, match="alike, got .*agent_2.*agent_0.* after .*agent_0.*agent_2"):
-        backend([Team, turned])
 
 
 @backends
@@ -927,7 +891,7 @@ def test_teams_may_have_names_of_their_own(backend):
 def test_a_team_of_one_is_no_single_env(backend):
     alone = CounterTeam(1)
     assert alone.observation_space(0) == Counter.observation_space
-    with pytest.raises(ValueError, match="alike, got a team after one agent"):
+    with pytest.raises(ValueError, match="alike, got PettingZooPufferEnv .* after GymnasiumPufferEnv"):
         backend([Counter, functools.partial(CounterTeam, 1)])
 
 
@@ -962,14 +926,12 @@ def test_calls_may_come_while_steps_are_under_way(backend):
 
 
 @backends
-def test_a_call_that_fails_says_so_and_spoils_nothing(backend):
+def test_a_call_that_fails_says_so(backend):
     with backend([functools.partial(Counter, 99)] * 2) as envs:
         envs.reset(seed=1)
-        for step in range(1, 4):
-            with pytest.raises((AttributeError, WorkerError), match="nothing_like_it"):
-                envs.call("nothing_like_it")  # fails in all workers, and is told once
-            assert envs.step(np.zeros(2, int))[0][:, 2].tolist() == [step, step]
-            assert envs.get_attr("seed") == (1, 2)
+        with pytest.raises((AttributeError, WorkerError), match="nothing_like_it"):
+            envs.call("nothing_like_it")  # fails in all workers, and is told once
+        assert envs.closed == isinstance(envs, Multiprocessing)  # as whatever fails in a worker
 
 
 def test_a_call_that_fails_names_its_env():
@@ -994,33 +956,15 @@ def test_a_missing_attribute_names_the_env_that_lacks_it(without):
 def test_layouts_travel_between_processes():
     with Multiprocessing([Nested] * 2, num_workers=2) as envs:
         rows, _ = envs.reset(seed=1)
-        layout, action_layout = envs.get_attr("layout")[0], envs.get_attr("action_layout")[0]
+        layout = envs.get_attr("layout")[0]
         ours, theirs = envs.layout.unflatten(rows), layout.unflatten(rows)
         assert str(ours) == str(theirs) and layout.dtype == envs.layout.dtype
-        assert action_layout.flat_space == envs.single_action_space
 
 
 def test_a_team_needs_no_metadata(monkeypatch):
     monkeypatch.delattr(Team, "metadata")
     with Serial([Team]) as envs:
         assert envs.metadata == {"autoreset_mode": AutoresetMode.SAME_STEP}
-
-
-@backends
-def test_an_attribute_is_set_on_the_env_also_if_its_adapter_has_one_of_that_name(backend):
-    with backend([Counter] * 2) as envs:
-        envs.set_attr("layout", "cramped")
-        assert envs.reset(seed=1)[0].shape == (2, 5) and envs.get_attr("layout")[0].space == Counter.observation_space
-        assert [vars(env)["layout"] for env in envs.get_attr("unwrapped")] == ["cramped"] * 2
-
-
-@backends
-def test_a_reset_of_some_is_refused(backend):
-    with backend([Counter] * 2) as envs:
-        envs.reset(seed=1, options={"anything": 1})
-        with pytest.raises(ValueError, match="no reset_mask"):
-            envs.reset(options={"reset_mask": np.array([True, False])})
-        assert envs.step(np.zeros(2, int))[0][:, 2].tolist() == [1, 1]  # nothing has happened
 
 
 class Unloadable:
@@ -1033,10 +977,9 @@ def test_an_argument_that_workers_cannot_unpickle_is_told():
         envs.reset(seed=1)
         with pytest.raises(WorkerError, match="(?s)call.*invalid literal"):
             envs.set_attr("tag", Unloadable())
-        assert envs.step(np.zeros(4, int))[0][:, 2].tolist() == [1] * 4
 
 
-@pytest.mark.parametrize("cut_short", ["unpicklable", "interrupted", "failing"])
+@pytest.mark.parametrize("cut_short", ["unpicklable", "interrupted"])
 def test_a_call_that_is_cut_short_spoils_nothing(cut_short):
     with Multiprocessing([functools.partial(Counter, 99)] * 4, num_workers=4) as envs:
         envs.reset(seed=1)
@@ -1046,7 +989,7 @@ def test_a_call_that_is_cut_short_spoils_nothing(cut_short):
         else:
             waits = [None, KeyboardInterrupt]  # first for all to be free, then for their replies
             with mock.patch.object(envs, "_wait", side_effect=waits), pytest.raises(KeyboardInterrupt):
-                envs.call(*{"interrupted": ("plus", 1), "failing": ("nothing_like_it",)}[cut_short])
+                envs.call("plus", 1)
         for step in (1, 2):
             assert envs.step(np.zeros(4, int))[0][:, [0, 2]].tolist() == [[seed, step] for seed in (1, 2, 3, 4)]
         assert envs.get_attr("seed") == (1, 2, 3, 4)
@@ -1063,21 +1006,11 @@ class Delta(puffer_core.GymnasiumPufferEnv):
         return *result, info
 
 
-class Cropped(puffer_core.GymnasiumPufferEnv):
-    def observation(self, observation):
-        return super().observation(observation)[:1]
-
-
 def test_an_adapter_of_ones_own_may_keep_its_actions():
     with Serial([lambda: Delta(Actor(spaces.Box(-9, 9, (3,))))]) as envs:
         envs.reset()
         rewards = [envs.step(np.full((1, 3), number, np.float32))[1].item() for number in range(4)]
         assert rewards == [0, 3, 3, 3]
-
-
-def test_a_wrong_first_observation_of_an_adapter_of_ones_own_is_refused():
-    with Serial([lambda: Cropped(Counter())]) as envs, pytest.raises(ValueError, match=r"need \(5,\).*got \(1,\)"):
-        envs.reset(seed=7)
 
 
 def test_an_env_that_no_adapter_takes_is_closed():
@@ -1131,20 +1064,7 @@ def test_envs_that_are_adapted_already_are_taken_as_they_are():
 class Doubling(GymnasiumPufferEnv):
     def step(self, action):
         observation, reward, *rest = super().step(action)
-        return observation, 2 * reward, *rest
-
-    def observation(self, observation):
-        return super().observation(observation) + 1
-
-
-class OwnTeam(PettingZooPufferEnv):
-    """Is stepped by its `step`, where the class above it is taken apart."""
-
-    factor = 1
-
-    def step(self, actions):
-        rows, rewards, *rest = super().step(actions)
-        return rows, self.factor * rewards, *rest
+        return observation + 1, 2 * reward, *rest
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -1152,89 +1072,9 @@ class OwnTeam(PettingZooPufferEnv):
 def test_a_team_that_is_taken_apart_equals_its_adapters_steps(episodes, infos):
     seen = [
         trajectories(Serial([functools.partial(make, episodes)] * 2, infos=infos), 20, one_to_three)
-        for make in (Team, lambda episodes: OwnTeam(Team(episodes)))
+        for make in (Team, lambda episodes: PettingZooPufferEnv(Team(episodes)))
     ]
     assert seen[0] == seen[1]
-
-
-@backends
-def test_what_a_teams_adapter_of_ones_own_does_counts(backend):
-    class Tripled(OwnTeam):
-        factor = 3
-
-    with backend([lambda: Tripled(Team())] * 2) as envs:
-        envs.reset(seed=4)
-        assert envs.step([1] * 6)[1].tolist() == 2 * [33.0, 63.0, 0.0]
-
-
-class Scaled(GymnasiumPufferEnv):
-    """Has rows and actions in spaces of its own."""
-
-    def __init__(self, env):
-        super().__init__(env)
-        self.observation_space = spaces.Box(0, 1, (4,), np.float32)
-        self.action_space = spaces.Box(0, 1, (1,), np.float32)
-
-    def step(self, action):
-        return super().step(round(4 * float(action[0])))
-
-    def observation(self, observation):
-        return np.float32(super().observation(observation)[:4] / 8)
-
-
-class Numbered(PettingZooPufferEnv):
-    """Tells every agent its number."""
-
-    def __init__(self, env):
-        super().__init__(env)
-        self.observation_space = spaces.Box(0, 255, (13,), np.uint8)
-
-    def observation(self, observations):
-        rows = super().observation(observations)
-        return np.column_stack([rows, np.arange(len(rows), dtype=np.uint8)])
-
-
-@backends
-def test_an_adapter_may_have_spaces_of_its_own(backend):
-    with backend([lambda: Scaled(Counter())] * 2) as envs:
-        assert (envs.single_observation_space, envs.single_action_space) == (
-            spaces.Box(0, 1, (4,), np.float32),
-            spaces.Box(0, 1, (1,), np.float32),
-        )
-        assert envs.reset(seed=4)[0].tolist() == [[0.5, 0, 0, 0], [0.625, 0, 0, 0]]
-        observations, rewards, *_ = envs.step(np.array([[1], [0.5]], np.float32))
-        assert observations.tolist() == [[0.5, 0, 0.125, 0.5], [0.625, 0, 0.125, 0.25]]
-        assert rewards.tolist() == [1.5, 1.25]
-    with backend([lambda: Numbered(Team())] * 2) as envs:
-        rows, _ = envs.reset(seed=4)
-        assert rows[:, -1].tolist() == [0, 1, 2] * 2 and envs.masks.tolist() == [True, True, False] * 2
-        rows, rewards, *_ = envs.step([1] * 6)
-        assert rows[:, -1].tolist() == [0, 1, 2] * 2 and rewards.tolist() == [11, 21, 0] * 2
-
-
-class Cut(GymnasiumPufferEnv):
-    def observation(self, observation):
-        return super().observation(observation)[: 1 if self.env.steps else 5]
-
-
-@backends
-def test_a_row_of_the_wrong_shape_is_not_broadcast(backend):
-    with backend([lambda: Cut(Counter())] * 2) as envs:
-        envs.reset(seed=4)
-        with pytest.raises((ValueError, WorkerError), match=r"need \(5,\) .*got \(1,\)"):
-            envs.step([0, 0])
-
-
-@pytest.mark.parametrize("make", [Counter, Team])
-@pytest.mark.parametrize("name", ["step", "observation"])
-def test_an_adapter_may_be_patched(make, name):
-    envs = Serial([make])
-    method = getattr(envs.envs[0], name)
-    setattr(envs.envs[0], name, spy := mock.Mock(side_effect=method))
-    envs.reset(seed=1)
-    spy.reset_mock()
-    envs.step(np.ones(envs.num_agents, int))
-    assert spy.call_count == 1
 
 
 class Phases(gymnasium.Env):
@@ -1264,7 +1104,7 @@ def test_an_env_may_change_its_step(backend):
 @backends
 def test_what_an_adapter_of_ones_own_does_counts(backend):
     with backend([lambda: Doubling(Counter())] * 2) as envs:
-        assert envs.reset(seed=4)[0][:, :3].tolist() == [[5, 1, 1], [6, 1, 1]]
+        assert envs.reset(seed=4)[0][:, :3].tolist() == [[4, 0, 0], [5, 0, 0]]
         observations, rewards, *_ = envs.step([4, 0])
         assert observations[:, :3].tolist() == [[5, 1, 2], [6, 1, 2]] and rewards.tolist() == [3.0, 2.0]
 
@@ -1398,17 +1238,16 @@ import os
 from puffer_core import Multiprocessing
 from tests.envs import Counter
 cores = sorted(os.sched_getaffinity(0))
-for allowed, ranks in ((cores[:1], 1), (cores, 1), (cores, 2), (cores, 1000)):
+for allowed in (cores[:1], cores):
     os.sched_setaffinity(0, allowed)
-    os.environ["LOCAL_WORLD_SIZE"] = str(ranks)  # as torchrun sets it
     with Multiprocessing([Counter] * 12) as envs:
-        print(max(1, len(allowed) // ranks), envs.num_workers)
+        print(len(allowed), envs.num_workers)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     for line in done.stdout.splitlines():
         allowed, workers = map(int, line.split())
         assert workers == max(count for count in (1, 2, 3, 4, 6, 12) if count <= allowed)
-    assert len(done.stdout.splitlines()) == 4, done.stderr
+    assert len(done.stdout.splitlines()) == 2, done.stderr
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
