@@ -99,13 +99,12 @@ def _plan(space: spaces.Space, path: str) -> tuple[np.dtype, list[Leaf], Callabl
 
 def _cast(leaf: Leaf, value: Any) -> np.ndarray:
     """Return a value as a contiguous array of its leaf's shape and dtype: itself, if it is one."""
-    with contextlib.suppress(ValueError), np.errstate(all="ignore"):  # a ragged list is refused below
-        array = np.asarray(value, order="C")
-        if array.shape == leaf.shape and array.dtype.kind in "biuf":
-            cast = array if array.dtype == leaf.bounds.dtype else array.astype(leaf.dtype)
-            if cast.dtype.kind == "f" or np.array_equal(cast, array):  # integers have to stay what they are
-                return cast
-    raise ValueError(f"{leaf.path}: need {leaf.shape} {leaf.dtype}, got {getattr(value, 'shape', '')} {value!r:.60}")
+    array = np.asarray(value, order="C")
+    if array.shape == leaf.shape and array.dtype.kind in "biuf":
+        cast = array if array.dtype == leaf.bounds.dtype else array.astype(leaf.dtype)
+        if cast is array or cast.dtype.kind == "f" or np.array_equal(cast, array):  # integers stay what they are
+            return cast
+    raise ValueError(f"{leaf.path}: need {leaf.shape} {leaf.dtype}, got {array.shape} {array.dtype} {value!r:.60}")
 
 
 class Layout:
@@ -428,7 +427,8 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         num_envs = len(env_fns)
         if num_workers is None:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            num_workers = max(count for count in range(1, cores + 1) if num_envs % count == 0)
+            usable = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun's ranks share them
+            num_workers = max(count for count in range(1, usable + 1) if num_envs % count == 0)
         if num_workers < 1 or num_envs % num_workers:
             raise ValueError(f"num_workers: expected a divisor of num_envs={num_envs}, got {num_workers}")
         per_worker, batch_size = num_envs // num_workers, num_envs if batch_size is None else batch_size
@@ -559,9 +559,9 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
 
 
 def _worker(env_fns: CloudpickleWrapper, line: SimpleNamespace, is_main: bool) -> None:
-    parent, libc, waited = multiprocessing.parent_process(), ctypes.CDLL(None), 0.0
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # even if an environment hangs
-    if is_main and hasattr(libc, "prctl"):  # that thread never runs while C code holds the GIL
+    libc, waited, flag = ctypes.CDLL(None), 0.0, memoryview(line.flag).cast("B")
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    if is_main and hasattr(libc, "prctl"):  # that thread ends who hangs, but not where C code holds the GIL
         libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the thread that started this worker ends
     line.connection.close()  # the parent's end, or nobody would ever find it closed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes its workers
@@ -575,28 +575,28 @@ def _worker(env_fns: CloudpickleWrapper, line: SimpleNamespace, is_main: bool) -
     with contextlib.suppress(OSError), contextlib.closing(_Shard(env_fns.fn, line.progress)) as shard:
         while True:
             start = time.perf_counter()
-            while line.flag[0] < STEP and time.perf_counter() < start + SPIN_SECONDS * (waited < SPIN_SECONDS):
+            deadline = start + SPIN_SECONDS * (waited < SPIN_SECONDS)
+            while flag[0] < STEP and time.perf_counter() < deadline:
                 _yield()
             line.worker_bell.acquire()
             waited = time.perf_counter() - start
-            if line.flag[0] < STEP:  # a ring without a flag: the parent closes
+            if flag[0] < STEP:  # a ring without a flag: the parent closes
                 break
             try:
-                name, arguments = ("step", ()) if line.flag[0] == STEP else pickle.loads(line.pipe.recv_bytes())
+                name, arguments = ("step", ()) if flag[0] == STEP else pickle.loads(line.pipe.recv_bytes())
                 if name == "reset" and arguments[0][0] is not None:  # for environments that use the global generators
                     random.seed(arguments[0][0]), np.random.seed(arguments[0][0] % 2**32)
                 reply = getattr(shard, name)(*arguments)
                 message = pickle.dumps((None, reply)) if reply else b""
             except BaseException:  # SystemExit too: whatever an environment raises is the parent's to report
                 message = pickle.dumps((traceback.format_exc(), None))
-            line.flag[0] = MESSAGE if message else DONE
+            flag[0] = MESSAGE if message else DONE
             line.parent_bell.release()  # 0.1 us where nobody sleeps
             if message:  # last, so that one larger than the pipe finds its reader
                 line.pipe.send_bytes(message)
 
 
 def _shut_down(lines: list[SimpleNamespace], timeout: float | None = None, terminate: bool = False) -> None:
-    """Ask the workers to close, give them so many seconds, or CLOSE_SECONDS, and kill those that do not."""
     running = [line.process for line in lines if line.process.is_alive()]  # in a fork of the parent, this raises
     for line in lines:
         line.worker_bell.release(), line.worker_bell.release()  # one may be for a request that Ctrl-C left without
@@ -640,6 +640,7 @@ class Multiprocessing(Serial):
             line.process = context.Process(target=_worker, args=(own_fns, line, is_main))  # no daemon: may start others
             line.process.start()
             line.pipe.close()
+            line.flag = memoryview(line.flag).cast("B")  # which is read in half the time
             self._lines.append(line)
         self._construct(infos)
 
@@ -656,9 +657,9 @@ class Multiprocessing(Serial):
 
     def _wait(self, needed: int = sys.maxsize, timeout: float = np.inf) -> None:
         """Collect replies until so many groups are ready, or no worker is busy: yield, then block (SPIN_SECONDS)."""
-        start, has_ring = time.perf_counter(), False
+        lines, start, has_ring = self._lines, time.perf_counter(), False
         while True:
-            for line in [self._lines[worker] for worker in self._busy if self._lines[worker].flag[0] < STEP]:
+            for line in [lines[worker] for worker in self._busy if lines[worker].flag[0] < STEP]:
                 if not has_ring:  # takes this reply's; not for ever, as Ctrl-C may have swallowed it
                     self._bell.acquire(True, BLOCK_SECONDS)
                 has_ring = False  # the one that ended the sleep below counts for one reply
@@ -666,7 +667,7 @@ class Multiprocessing(Serial):
             now = time.perf_counter()
             if now - self._looked > BLOCK_SECONDS:
                 self._looked = now  # also at those that nobody waits for, but for a MESSAGE, which says more
-                for line in [line for line in self._lines if line.flag[0] != MESSAGE and not line.process.is_alive()]:
+                for line in [line for line in lines if line.flag[0] != MESSAGE and not line.process.is_alive()]:
                     self._collect(line, is_dead=True)
             if not self._busy or len(self._ready) >= needed:
                 self._waited = now - start
@@ -679,7 +680,6 @@ class Multiprocessing(Serial):
                 has_ring = self._bell.acquire(True, min(start + timeout - now, BLOCK_SECONDS))
 
     def _collect(self, line: SimpleNamespace, is_dead: bool = False) -> None:
-        """Take a worker's reply; raise a WorkerError if an environment failed, or if the worker is dead."""
         try:
             cause, reply = line.connection.recv() if line.flag[0] == MESSAGE else (None, ())
         except (EOFError, OSError):  # it died within the message

@@ -1262,10 +1262,6 @@ def test_a_terminal_that_cannot_draw_gets_lines(tmp_path, monkeypatch):
                 assert dashboard.is_live == (encoding == "utf-8")
 
 
-def test_the_file_is_read_in_one_sitting():
-    assert (ROOT / "demo.py").read_text().count("\n") <= 750
-
-
 # -------------------------------------------------------------------------------------------------- sweep and autotune
 
 

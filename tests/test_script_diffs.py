@@ -200,3 +200,8 @@ if __name__ == "__main__":
     for base, variant, *_ in RUNGS:
         golden_file(base, variant).write_text(zero_context_diff(base, variant))
         print(f"{base} -> {variant}: -{{}} +{{}}".format(*counts(base, variant)))
+
+
+@pytest.mark.parametrize("path, most", {"puffer_core.py": 700, "atari_wrappers.py": 150, "demo.py": 750}.items())
+def test_files_keep_within_their_length(path, most):
+    assert (ROOT / path).read_text().count("\n") <= most

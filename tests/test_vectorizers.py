@@ -1238,16 +1238,17 @@ import os
 from puffer_core import Multiprocessing
 from tests.envs import Counter
 cores = sorted(os.sched_getaffinity(0))
-for allowed in (cores[:1], cores):
+for allowed, ranks in ((cores[:1], 1), (cores, 1), (cores, 2), (cores, 1000)):
     os.sched_setaffinity(0, allowed)
+    os.environ["LOCAL_WORLD_SIZE"] = str(ranks)  # as torchrun sets it
     with Multiprocessing([Counter] * 12) as envs:
-        print(len(allowed), envs.num_workers)
+        print(max(1, len(allowed) // ranks), envs.num_workers)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     for line in done.stdout.splitlines():
         allowed, workers = map(int, line.split())
         assert workers == max(count for count in (1, 2, 3, 4, 6, 12) if count <= allowed)
-    assert len(done.stdout.splitlines()) == 2, done.stderr
+    assert len(done.stdout.splitlines()) == 4, done.stderr
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
