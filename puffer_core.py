@@ -37,12 +37,11 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 
-# A worker's flag is one byte in shared memory. The parent writes a request, the worker overwrites it with a status;
-# whoever's turn it is not only reads, so the byte needs no lock. MESSAGE and COMMAND: more comes through the pipe.
-# To hand the turn on, first rows are written, then the flag, then a bell (a semaphore) is rung. The other side sees the
-# flag, takes a ring, and only then reads rows. On x86 the flag would do, but a weakly ordered CPU (ARM, POWER) needs a
-# store-release and a load-acquire, which the semaphore is; not where two workers reply at once and the parent takes the
-# other's ring: there, that this one's is nanoseconds behind has to do. No ring gets lost, so who waits may sleep.
+# A worker's flag is one byte in shared memory. The parent writes a request, the worker overwrites it with a status; who
+# has no turn only reads, so it needs no lock. MESSAGE and COMMAND: more comes through the pipe. First rows are written,
+# then the flag, then a bell (a semaphore) is rung; the other side sees the flag, takes a ring, and only then reads. On
+# x86 the flag would do, but a weakly ordered CPU (ARM, POWER) needs the semaphore's release and acquire; where the
+# parent takes the ring of another worker that replies at once, that this one's is nanoseconds behind has to do.
 DONE, MESSAGE, STEP, COMMAND = range(4)
 SPIN_SECONDS = 1e-3  # who waits yields for so long and then blocks, or blocks at once if the last wait took longer
 BLOCK_SECONDS = 0.1  # a blocked process looks around this often even if nobody wakes it
@@ -120,14 +119,17 @@ class Layout:
         if len({leaf.dtype for leaf in self._leaves}) > 1:
             low, high = np.zeros(self.dtype.itemsize, np.uint8), np.full(self.dtype.itemsize, 255, np.uint8)
         self.flat_space = space if isinstance(space, spaces.Box) else spaces.Box(low, high, dtype=low.dtype.type)
-        self._flat_dtype, self._write = low.dtype.name, self.writer(np.zeros(self.flat_space.shape, low.dtype))
+        self._flat_dtype, self._out, self._scratch = low.dtype.name, None, np.zeros(self.flat_space.shape, low.dtype)
 
     def __reduce__(self) -> tuple:
         return type(self), (self.space,)
 
     def flatten(self, sample: Any, out: np.ndarray | None = None) -> np.ndarray:
         """Copy a sample into a flat row, `out` or a new one; ValueError: a wrong key, shape or value, by its path."""
-        return self._write(sample).copy() if out is None else self.writer(out)(sample)
+        row = self._scratch if out is None else out
+        if row is not self._out:  # the last one, to which `_write` is bound
+            self._out, self._write = row, self.writer(row)
+        return self._write(sample).copy() if out is None else self._write(sample)
 
     def writer(self, row: np.ndarray) -> Callable[[Any], np.ndarray]:
         """Return a `flatten` that is bound to one row, for a row that is filled again and again."""
@@ -153,7 +155,7 @@ class Layout:
             nonlocal arrays, views  # of the last sample, held so that `is` can be trusted
             values = read(sample)
             if any(map(is_not, values, arrays)):
-                found = [isinstance(one, np.ndarray) and (one.dtype, one.shape, one.strides) for one in values]
+                found = [one.__class__ is np.ndarray and (one.dtype, one.shape, one.strides) for one in values]
                 chunks[::2] = arrays = values if found == known else [_cast(*pair) for pair in zip(leaves, values)]
                 views = []
             elif not views:  # arrays that are refilled, as NetHack's, need no second check, nor numpy's part in a join
@@ -328,8 +330,7 @@ class Batch(namedtuple("Batch", "observations rewards terminations truncations i
 
 
 def _map_rows(path: str, num_rows: int, env: Any, own: slice = slice(None)) -> SimpleNamespace:
-    """Map all that environments and learner exchange: a row an agent, every field contiguous, in a file."""
-    seen, done = env.single_observation_space, env.single_action_space
+    seen, done = env.single_observation_space, env.single_action_space  # an agent has a row, a field lies in one piece
     fields = [("observations", seen.dtype, seen.shape), ("actions", done.dtype, done.shape), ("rewards", float, ())]
     fields += [(name, bool, ()) for name in ("terminations", "truncations", "masks")]
     struct = np.dtype([(name, dtype, (num_rows, *shape)) for name, dtype, shape in fields], align=True)
@@ -392,11 +393,10 @@ class _Shard:
         return said
 
     def _end(self, index: int, info: dict) -> list:
-        """Start the next episode if this one is over; returns what infos there are of ends, and of steps if wanted."""
         rows, where, infos = self.rows, self.slices[index], self._by_row(index, info)
         ended = np.flatnonzero(rows.terminations[where] | rows.truncations[where]) + where.start
         finals = {row: {"final_info": infos.pop(row, {})} for row in ended.tolist()}
-        if not self.is_team or self.envs[index].episode_over:
+        if not self.is_team or self.envs[index].episode_over:  # the next one begins
             last, infos = rows.observations[where].copy(), self._begin(index)
             finals = {row: {**final, "final_obs": last[row - where.start]} for row, final in finals.items()}
         return [*finals.items(), *(infos.items() if self.all_infos else ())]
