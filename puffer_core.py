@@ -64,7 +64,6 @@ Leaf = namedtuple("Leaf", "path space dtype shape start stop bounds")
 
 
 def _plan(space: spaces.Space, path: str) -> tuple[np.dtype, list[Leaf], Callable, Callable]:
-    """Return a space's dtype and leaves, a function from a sample to leaves' values, and one back from an iterator."""
     if not isinstance(space, (spaces.Dict, spaces.Tuple)) or len(space) == 0:
         box = batch_space(batch_space(space, 1), 1)  # once makes a MultiDiscrete of a Discrete, twice a Box of them all
         if not isinstance(box, spaces.Box) or not box.dtype.isnative:
@@ -93,12 +92,11 @@ def _plan(space: spaces.Space, path: str) -> tuple[np.dtype, list[Leaf], Callabl
         children = [build(values) for build in builders]
         return dict(zip(keys, children)) if is_dict else tuple(children)
 
-    return struct, leaves, read, build
+    return struct, leaves, read, build  # the latter from a sample to its leaves' values, and back from an iterator
 
 
 def _cast(leaf: Leaf, value: Any) -> np.ndarray:
-    """Return a value as a contiguous array of its leaf's shape and dtype: itself, if it is one."""
-    array = np.asarray(value, order="C")
+    array = np.asarray(value, order="C")  # which is the value itself, if it can be
     if array.shape == leaf.shape and array.dtype.kind in "biuf":
         cast = array if array.dtype == leaf.bounds.dtype else array.astype(leaf.dtype)
         if cast is array or cast.dtype.kind == "f" or np.array_equal(cast, array):  # integers stay what they are
@@ -205,12 +203,12 @@ class ActionLayout:
         """Return a sample of the space, Box values clipped and rounded; ValueError: wrong shape, NaN, out of range."""
         if flat.__class__ in (int, np.int64) and flat in self.valid:
             return self.valid[flat]  # 0.1 us, where what follows takes 8
-        values, space = np.asarray(flat), self.flat_space
+        flat, space = np.asarray(flat), self.flat_space
         is_box = isinstance(space, spaces.Box)
-        fits = not np.isnan(values).any() if is_box else values.dtype.kind in "biu" and values.tolist() in space
-        if values.shape != space.shape or not fits:
+        fits = not np.isnan(flat).any() if is_box else flat.dtype.kind in "biu" and flat.astype(space.dtype) in space
+        if flat.shape != space.shape or not fits:
             raise ValueError(f"expected an action in {space}, got {flat}")
-        values, samples = values.ravel().clip(*self._bounds) if is_box else values.ravel() + self._start, []
+        values, samples = flat.ravel().clip(*self._bounds) if is_box else flat.ravel() + self._start, []
         for leaf, part in zip(self._leaves, np.split(values, self._ends)):
             value = (part if leaf.bounds.dtype.kind == "f" else np.rint(part)).astype(leaf.dtype)
             value = value.clip(*leaf.bounds).reshape(leaf.shape)  # once more, as the largest int64 is no float
@@ -442,17 +440,20 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
 
     def _construct(self, infos: str) -> None:
         self._expected, memfd = "async_reset", hasattr(os, "memfd_create")  # a file without a name to leave behind
-        with os.fdopen(os.memfd_create("rows"), "r+b") if memfd else tempfile.NamedTemporaryFile() as file:
-            path = f"/proc/{os.getpid()}/fd/{file.fileno()}" if memfd else file.name
-            described = self._command("constructor", range(self.num_envs), self.num_envs, path, infos)
-            first, per_env, space, self.single_action_space, metadata, self.render_mode = described[0]
-            for other, *_ in described:
-                if other != first:
-                    self.close()
-                    raise ValueError(f"environments must be alike, got {other} after {first}")
-            self.layout = Layout(space)
-            self.single_observation_space = self.layout.flat_space
-            rows = _map_rows(path, self.num_envs * per_env, self)
+        try:
+            with os.fdopen(os.memfd_create("rows"), "r+b") if memfd else tempfile.NamedTemporaryFile() as file:
+                path = f"/proc/{os.getpid()}/fd/{file.fileno()}" if memfd else file.name
+                described = self._command("constructor", range(self.num_envs), self.num_envs, path, infos)
+                first, per_env, space, self.single_action_space, metadata, self.render_mode = described[0]
+                for other, *_ in described:
+                    if other != first:
+                        raise ValueError(f"environments must be alike, got {other} after {first}")
+                self.layout = Layout(space)
+                self.single_observation_space = self.layout.flat_space
+                rows = _map_rows(path, self.num_envs * per_env, self)
+        except BaseException:
+            self.close()
+            raise
         self.num_agents, self.agents_per_batch = self.num_envs * per_env, self.batch_size * per_env
         self.metadata = {**metadata, "autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
         self.observation_space = batch_space(self.single_observation_space, self.agents_per_batch)
@@ -656,9 +657,8 @@ class Multiprocessing(Serial):
                 line.connection.send_bytes(message)
 
     def _wait(self, needed: int = sys.maxsize, timeout: float = np.inf) -> None:
-        """Collect replies until so many groups are ready, or no worker is busy: yield, then block (SPIN_SECONDS)."""
         lines, start, has_ring = self._lines, time.perf_counter(), False
-        while True:
+        while True:  # until so many groups are ready, or no worker is busy
             for line in [lines[worker] for worker in self._busy if lines[worker].flag[0] < STEP]:
                 if not has_ring:  # takes this reply's; not for ever, as Ctrl-C may have swallowed it
                     self._bell.acquire(True, BLOCK_SECONDS)
