@@ -167,10 +167,9 @@ class Layout:
         """See rows `(*batch, *flat_space.shape)` as nested views `(*batch, *leaf.shape)`; ValueError: not such rows."""
         if isinstance(self.space, spaces.Box):
             return flat
-        (size,), is_numpy = self.flat_space.shape, isinstance(flat, np.ndarray)  # or torch, which can compile all this
-        named = str if is_numpy else partial(getattr, sys.modules["torch"])  # a dtype by its name
-        if flat.dtype != named(self._flat_dtype) or flat.shape[-1] != size:
-            raise ValueError(f"need rows of {size} {self._flat_dtype}, uncast, got {flat.dtype} {tuple(flat.shape)}")
+        named = str if isinstance(flat, np.ndarray) else partial(getattr, sys.modules["torch"])  # a dtype by its name
+        if flat.dtype != named(self._flat_dtype) or flat.shape[-1] != self.flat_space.shape[0]:
+            raise ValueError(f"need rows of {self.flat_space}, uncast, got {flat.dtype} {tuple(flat.shape)}")
         batch, row = flat.shape[:-1], flat.view(named("uint8"))
         parts = [(leaf, row[..., leaf.start : leaf.stop]) for leaf in self._leaves]
         return self._build(iter([part.view(named(leaf.dtype)).reshape(batch + leaf.shape) for leaf, part in parts]))
@@ -309,11 +308,10 @@ class EpisodeStats(gymnasium.Wrapper):
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
         """Step the environment; the info is empty until the episode's last step."""
-        observation, reward, terminated, truncated, info = self.env.step(action)
+        *result, info = self.env.step(action)
         numbers = {key: float(one) for key, one in info.items() if isinstance(one, (int, float, np.number, np.bool_))}
-        self._sums.update(numbers | {"r": np.asarray(reward, float).item(), "l": 1})
-        episode = {"episode": {**self._sums, "t": time.perf_counter() - self._start}}
-        return observation, reward, terminated, truncated, episode if terminated or truncated else {}
+        self._sums.update(numbers | {"r": np.asarray(result[1], float).item(), "l": 1})
+        return *result, {"episode": {**self._sums, "t": time.perf_counter() - self._start}} if any(result[2:]) else {}
 
 
 # -------------------------------------------------------------------------------------------------------- vectorizers
@@ -487,7 +485,9 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         """Step the environments of the last batch with `actions`, `(agents_per_batch, *single_action_space.shape)`."""
         self._check("send")
         actions, space = np.asarray(actions), self.action_space
-        if actions.shape != space.shape or not np.can_cast(actions.dtype, space.dtype, "same_kind"):
+        fits = actions.dtype == space.dtype or space.dtype.kind == "f" == actions.dtype.kind  # which may be rounded
+        fits = fits or actions.dtype.kind in "biu" and (actions.astype(space.dtype) == actions).all()  # not these
+        if actions.shape != space.shape or not fits:
             raise APIUsageError(f"need actions {space.shape} {space.dtype}, got {actions.shape} {actions.dtype}")
         self._actions[self._where], self._expected = actions, "async_reset"  # unless all goes well
         for worker in self._workers:
