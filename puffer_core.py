@@ -235,7 +235,7 @@ class GymnasiumPufferEnv(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
         self.layout, self.action_layout = Layout(env.observation_space), ActionLayout(env.action_space)
         self.observation_space = self.single_observation_space = self.layout.flat_space
         self.action_space = self.single_action_space = self.action_layout.flat_space
-        self.num_agents, self.masks = 1, np.ones(1, bool)
+        self.num_agents, self.masks, self.set_wrapper_attr = 1, np.ones(1, bool), env.set_wrapper_attr
         self._begin, self._rows, self._shape = env.reset, self.layout, self.observation_space.shape
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
@@ -446,7 +446,7 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
                 path = f"/proc/{os.getpid()}/fd/{file.fileno()}" if memfd else file.name
                 described = self._command("constructor", range(self.num_envs), self.num_envs, path, infos)
                 first, per_env, space, self.single_action_space, metadata, self.render_mode = described[0]
-                if others := [other for other, *_ in described if other != first]:
+                if others := [other[0] for other in described if other[:4] != described[0][:4]]:
                     raise ValueError(f"environments must be alike, got {others[0]} after {first}")
                 self.layout = Layout(space)
                 self.single_observation_space = self.layout.flat_space

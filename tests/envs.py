@@ -553,6 +553,11 @@ def counted():
     return gymnasium.wrappers.RecordEpisodeStatistics(Counter(3))
 
 
+def cut_short():
+    """The same within gymnasium's TimeLimit, as `gymnasium.register` has it: it never sees that they are cut."""
+    return gymnasium.wrappers.TimeLimit(gymnasium.wrappers.RecordEpisodeStatistics(Counter(99)), 3)
+
+
 class EpisodeStatus(Counter):
     """Counts nothing, though its name begins as that of a wrapper that does."""
 

@@ -865,6 +865,35 @@ def test_envs_that_are_not_alike_are_refused(backend):
         backend([Counter, Counter, Counter, NoOp])
 
 
+class Numbers(NoOp):
+    """Observes integers of some dtype, which a MultiDiscrete's `repr` does not tell."""
+
+    def __init__(self, dtype):
+        self.observation_space = spaces.MultiDiscrete([9, 9], dtype=dtype)
+
+
+@backends
+def test_envs_that_differ_in_a_dtype_alone_are_refused(backend):
+    with pytest.raises(ValueError, match="alike"):
+        backend([functools.partial(Numbers, np.int64), functools.partial(Numbers, np.int32)])
+
+
+class Named(Counter):
+    """Has an attribute that its adapter has too."""
+
+    layout = "easy"
+
+    def told(self):
+        return self.layout
+
+
+@backends
+def test_set_attr_reaches_the_env_past_its_adapter(backend):
+    with backend([Named] * 2) as envs:
+        envs.set_attr("layout", "hard")
+        assert envs.call("told") == ("hard", "hard")
+
+
 class Ordered(NoOp):
     """Has Dicts whose keys come in orders of their own, which a Dict's `==` does not look at."""
 
