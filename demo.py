@@ -634,8 +634,8 @@ def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) 
     trainer = Trainer(args)
     path = Path("runs", f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}", "checkpoint.pt")
     with trainer.envs, contextlib.ExitStack() as stack:
-        for number in [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * (not signal.getsignal(signal.SIGHUP)):
-            stack.callback(signal.signal, number, signal.signal(number, trainer.stop))  # nohup has SIGHUP ignored
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, trainer.stop))
         if args.resume:
             restore(trainer, load(args.resume))
             args.expect("resume", not trainer.is_over(), "one short of --total-timesteps and --target-return")
@@ -661,13 +661,13 @@ def evaluate(args: Args) -> None:
     trainer, frames = Trainer(dataclasses.replace(args, num_envs=1, vec="serial", env_batch_size=0, compile=False)), []
     with trainer.envs as envs, contextlib.suppress(KeyboardInterrupt):  # what has been played until then counts
         restore(trainer, load(args.resume)), trainer.start()
-        trainer.returns, cause = deque(), "" if envs.render_mode in ("rgb_array", "ansi") else "no such render_mode"
+        trainer.returns, trouble = deque(), "" if envs.render_mode in ("rgb_array", "ansi") else "no such render_mode"
         while len(trainer.returns) < args.eval_episodes * envs.num_agents:
-            if not cause and len(trainer.returns) < envs.num_agents and len(frames) * np.array(frames[:1]).nbytes < 2e9:
-                try:  # until 2 GB, as some episodes never end
+            if not trouble and len(trainer.returns) < envs.num_agents and len(frames) * np.size(frames[:1]) < 2**31:
+                try:  # until 2 GiB, as some episodes never end
                     frames.append(np.array(envs.render()[0]))
                 except Exception as error:  # there may be no display, and some crash if they are asked again
-                    cause = repr(error)
+                    trouble = repr(error)
             trainer.act()
     returns, path = np.array(trainer.returns), Path(args.resume).with_name("eval.mp4")
     print(f"{len(returns)} episodes: return {returns.mean():.4g} +- {returns.std():.4g}", flush=True)
@@ -679,7 +679,7 @@ def evaluate(args: Args) -> None:
         path, lines = path.with_suffix(".cast"), [{"version": 2, "width": 80, "height": 24}]
         lines += [[at / 5, "o", "\033[H\033[2J" + str(frame).replace("\n", "\r\n")] for at, frame in enumerate(frames)]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    print(f"Recorded {path}" if frames else f"{args.env_id} cannot draw itself, so nothing was recorded: {cause}")
+    print(f"Recorded {path}" if frames else f"{args.env_id} cannot draw itself, so nothing was recorded: {trouble}")
 
 
 def sweep(args: Args, chosen: list[str]) -> None:
