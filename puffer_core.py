@@ -214,8 +214,8 @@ class ActionLayout:
             raise ValueError(f"expected an action in {space}, got {flat}")
         values, samples = flat.ravel().clip(*self._bounds) if is_box else flat.ravel() + self._start, []
         for leaf, part in zip(self._leaves, np.split(values, self._ends)):
-            value = (part if leaf.bounds.dtype.kind == "f" else np.rint(part)).astype(leaf.dtype)
-            value = value.clip(*leaf.bounds).reshape(leaf.shape)  # once more, as the largest int64 is no float
+            value = (np.rint(part) if part.dtype.kind == "f" != leaf.bounds.dtype.kind else part).astype(leaf.dtype)
+            value = np.where(part < leaf.bounds[1], value, leaf.bounds[1]).reshape(leaf.shape)  # 2**63 is no int64
             samples.append(value if is_box else value[()])  # a Discrete's is a scalar
         return self._build(iter(samples))
 

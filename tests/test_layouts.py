@@ -550,6 +550,14 @@ def test_box_actions_are_contained_up_to_the_limits_of_their_dtype(dtype):
     layout = ActionLayout(space)
     for flat in (layout.flat_space.low, layout.flat_space.high):
         assert space.contains(layout.unflatten(flat)), layout.unflatten(flat)
+    assert (layout.unflatten(layout.flat_space.high)["a"] == limits.max).all()
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_large_integer_actions_are_not_rounded(dtype):
+    space = spaces.Box(np.iinfo(dtype).min, np.iinfo(dtype).max, (4,), np.dtype(dtype).type)
+    action = np.array([np.iinfo(dtype).min, 3, 2**62 + 1, np.iinfo(dtype).max], dtype)
+    assert ActionLayout(space).unflatten(action).tolist() == action.tolist()
 
 
 PLAIN = [spaces.Discrete(4, start=2), spaces.MultiDiscrete([2, 3]), spaces.Box(-1, 1, (3,)), box("float64", 2, 2)]
