@@ -37,11 +37,11 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 
-# A worker's flag is one byte in shared memory. The parent writes a request, the worker overwrites it with a status; who
-# has no turn only reads, so it needs no lock. MESSAGE and COMMAND: more comes through the pipe. First rows are written,
-# then the flag, then a bell (a semaphore) is rung; the other side sees the flag, takes a ring, and only then reads. On
-# x86 the flag would do, but a weakly ordered CPU (ARM, POWER) needs the semaphore's release and acquire; where the
-# parent takes the ring of another worker that replies at once, that this one's is nanoseconds behind has to do.
+# A worker's flag is one byte in shared memory: the parent writes a request, the worker overwrites it with a status, and
+# who has no turn only reads, so no lock is needed. MESSAGE and COMMAND: more comes through the pipe. The order is rows,
+# flag, then a ring of a bell (a semaphore); who sees the flag takes a ring, and only then reads. On x86 the flag would
+# do, but a weakly ordered CPU (ARM, POWER) needs the bell's release and acquire; where the parent takes the ring of
+# another worker that replies at once, that this one's is nanoseconds behind has to do.
 DONE, MESSAGE, STEP, COMMAND = range(4)
 SPIN_SECONDS = 1e-3  # who waits yields for so long and then blocks, or blocks at once if the last wait took longer
 BLOCK_SECONDS = 0.1  # a blocked process looks around this often even if nobody wakes it
@@ -78,7 +78,6 @@ def _plan(space: spaces.Space, path: str) -> tuple[np.dtype, list[Leaf], Callabl
     leaves = [one._replace(start=by + one.start, stop=by + one.stop) for by, own in zip(starts, nested) for one in own]
     count, pick = len(keys), operator.itemgetter(*keys)  # one call takes 0.2 us for NetHack's nine keys, a loop 1.1 us
     is_flat = count > 1 and all(build is next for build in builders)  # of one key, `pick` would return no tuple
-
     def read(sample: Any) -> Sequence[Any]:
         try:
             if len(sample) != count:
@@ -91,7 +90,6 @@ def _plan(space: spaces.Space, path: str) -> tuple[np.dtype, list[Leaf], Callabl
     def build(values: Any) -> dict | tuple:
         children = [build(values) for build in builders]
         return dict(zip(keys, children)) if is_dict else tuple(children)
-
     return struct, leaves, read, build  # the latter from a sample to its leaves' values, and back from an iterator
 
 
@@ -104,7 +102,7 @@ def _cast(leaf: Leaf, value: Any) -> np.ndarray:
     raise ValueError(f"{leaf.path}: need {leaf.shape} {leaf.dtype}, got {array.shape} {array.dtype} {value!r:.60}")
 
 
-class Layout:
+class Layout(gymnasium.utils.EzPickle):
     """How a structured observation lies in one flat row. TypeError, with its path: a leaf that has no fixed size.
 
     A plain Box passes through unchanged. Others become rows `(n,)`: leaves of one dtype keep it, mixed ones become the
@@ -112,15 +110,13 @@ class Layout:
     """
 
     def __init__(self, space: spaces.Space):
+        super().__init__(space)  # pickled as the space
         self.space, (self.dtype, self._leaves, self._read, self._build) = space, _plan(space, "observation")
         low, high = np.concatenate([leaf.bounds for leaf in self._leaves], axis=1)
         if len({leaf.dtype for leaf in self._leaves}) > 1:
             low, high = np.zeros(self.dtype.itemsize, np.uint8), np.full(self.dtype.itemsize, 255, np.uint8)
         self.flat_space = space if isinstance(space, spaces.Box) else spaces.Box(low, high, dtype=low.dtype.type)
         self._flat_dtype, self._out, self._scratch = low.dtype.name, None, np.zeros(self.flat_space.shape, low.dtype)
-
-    def __reduce__(self) -> tuple:
-        return type(self), (self.space,)
 
     def flatten(self, sample: Any, out: np.ndarray | None = None) -> np.ndarray:
         """Copy a sample into a flat row, `out` or a new one; ValueError: a wrong key, shape or value, by its path."""
@@ -135,20 +131,17 @@ class Layout:
         if (row.shape, row.dtype) != (flat.shape, flat.dtype) or not row.flags.c_contiguous:
             raise ValueError(f"out: expected contiguous {flat}, got {row.dtype} of shape {row.shape} {row.strides}")
         vector, target = row.data, row.reshape(-1).view(np.uint8).data
-
         def write_box(value: Any) -> np.ndarray:
             try:
                 vector[:] = value  # 0.15 us; compares shape and dtype itself, and takes vectors only
             except (NotImplementedError, TypeError, ValueError):
                 row[...] = _cast(leaves[0], value)  # 2.5 us for four frames, where a join takes 7
             return row
-
         ends = [*[leaf.start for leaf in leaves[1:]], row.nbytes]  # of the padding behind each leaf
         chunks = [b""] * 2 * len(leaves)  # of a row: the leaves' arrays, each followed by its padding
         chunks[1::2] = [bytes(end - leaf.stop) for leaf, end in zip(leaves, ends)]
         known, describe = [(leaf.bounds.dtype, leaf.shape) for leaf in leaves], operator.attrgetter("dtype", "shape")
         arrays, views = leaves, []  # at first something that is in no sample
-
         def write(sample: Any) -> np.ndarray:
             nonlocal arrays, views  # of the last sample, held so that `is` can be trusted
             values = read(sample)
@@ -165,7 +158,6 @@ class Layout:
                 chunks[::2] = [_cast(*pair) for pair in zip(leaves, values)]
                 target[:] = b"".join(chunks)
             return row
-
         return write_box if flat is self.space else write
 
     def unflatten(self, flat: Any) -> Any:
@@ -180,7 +172,7 @@ class Layout:
         return self._build(iter([part.view(named(leaf.dtype)).reshape(batch + leaf.shape) for leaf, part in parts]))
 
 
-class ActionLayout:
+class ActionLayout(gymnasium.utils.EzPickle):
     """How an action of any space lies in one flat row that a policy can sample: a sample of `flat_space`.
 
     Discrete, MultiDiscrete and Box pass through. Nested Box leaves become one float Box, other leaves one MultiDiscrete
@@ -188,6 +180,7 @@ class ActionLayout:
     """
 
     def __init__(self, space: spaces.Space):
+        super().__init__(space)
         self.space, (_, self._leaves, _, self._build) = space, _plan(space, "action")
         is_box = {leaf.path: isinstance(leaf.space, spaces.Box) for leaf in self._leaves}
         if len(set(is_box.values())) > 1:
@@ -210,6 +203,7 @@ class ActionLayout:
         flat, space = np.asarray(flat), self.flat_space
         is_box = isinstance(space, spaces.Box)
         fits = not np.isnan(flat).any() if is_box else flat.dtype.kind in "biu" and flat.astype(space.dtype) in space
+        fits = fits and (is_box or (flat.astype(space.dtype) == flat).all())  # nor has wrapped
         if flat.shape != space.shape or not fits:
             raise ValueError(f"expected an action in {space}, got {flat}")
         values, samples = flat.ravel().clip(*self._bounds) if is_box else flat.ravel() + self._start, []
@@ -263,7 +257,7 @@ class PettingZooPufferEnv:
     env, episode_over, has_ended = None, True, True  # until there is one: a copy that is being made asks for attributes
 
     def __init__(self, env: Any):
-        if hasattr(env, "agent_iter") or not hasattr(env, "possible_agents"):
+        if hasattr(env, "agent_iter") or not getattr(env, "possible_agents", ()):
             raise TypeError(f"expected a gymnasium.Env or a ParallelEnv (see [turn_based_]aec_to_parallel), got {env}")
         self.env, self.possible_agents, self.num_agents = env, list(env.possible_agents), len(env.possible_agents)
         pairs = [(env.observation_space(agent), env.action_space(agent)) for agent in self.possible_agents]
@@ -428,7 +422,7 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             usable = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun's ranks share them
             num_workers = max(count for count in range(1, usable + 1) if num_envs % count == 0)
-        if num_workers < 1 or num_envs % num_workers:
+        if not 0 < num_workers <= num_envs or num_envs % num_workers:
             raise ValueError(f"num_workers: expected a divisor of num_envs={num_envs}, got {num_workers}")
         per_worker, batch_size = num_envs // num_workers, num_envs if batch_size is None else batch_size
         if not 0 < batch_size <= num_envs or batch_size % per_worker or (zero_copy and num_envs % batch_size):
@@ -566,7 +560,6 @@ def _worker(env_fns: CloudpickleWrapper, line: SimpleNamespace, is_main: bool) -
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     if is_main and hasattr(libc, "prctl"):  # that thread ends who hangs, but not where C code holds the GIL
         libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the thread that started this worker ends
-    line.connection.close()  # the parent's end, or nobody would ever find it closed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes its workers
     signal.signal(signal.SIGTERM, lambda *_: None)  # so is this; SIG_IGN would pass to programs that environments run
     os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))  # as this would to forks
@@ -637,11 +630,12 @@ class Multiprocessing(Serial):
         for worker in range(self.num_workers):
             line = SimpleNamespace(index=worker, worker_bell=context.Semaphore(0), parent_bell=self._bell)
             line.flag, line.progress = context.RawArray("B", 64), context.RawArray("q", 8)  # each with a cache line
-            line.connection, line.pipe = context.Pipe()
+            connection, line.pipe = context.Pipe()
+            multiprocessing.util.register_after_fork(connection, type(connection).close)  # or none would see it closed
             own_fns = CloudpickleWrapper(env_fns[worker * self._per_worker :][: self._per_worker])
             line.process = context.Process(target=_worker, args=(own_fns, line, is_main))  # no daemon: may start others
             line.process.start(), line.pipe.close()
-            line.flag = memoryview(line.flag).cast("B")  # which is read in half the time
+            line.connection, line.flag = connection, memoryview(line.flag).cast("B")  # which is read in half the time
             self._lines.append(line)
         self._construct(infos)
 
@@ -649,12 +643,16 @@ class Multiprocessing(Serial):
         message, line = b"" if name == "step" else pickle.dumps((name, arguments)), self._lines[worker]
         if worker in self._busy:  # with a call that Ctrl-C or an unpicklable argument cut short
             self._wait()
-        line.request, line.flag[0] = name, COMMAND if message else STEP
-        self._busy.append(worker)
-        line.worker_bell.release()
-        if message:
-            with contextlib.suppress(ConnectionError):  # it is dead, which `_wait` notices
-                line.connection.send_bytes(message)
+        try:
+            line.request, line.flag[0] = name, COMMAND if message else STEP
+            self._busy.append(worker)
+            line.worker_bell.release()
+            if message:
+                with contextlib.suppress(ConnectionError):  # it is dead, which `_wait` notices
+                    line.connection.send_bytes(message)
+        except BaseException:  # Ctrl-C: the worker may wait for its ring, or the rest of a message, for ever
+            self.close()
+            raise
 
     def _wait(self, needed: int = sys.maxsize, timeout: float = np.inf) -> None:
         lines, start, has_ring = self._lines, time.perf_counter(), False
@@ -682,19 +680,21 @@ class Multiprocessing(Serial):
     def _collect(self, line: SimpleNamespace, is_dead: bool = False) -> None:
         try:
             cause, reply = line.connection.recv() if line.flag[0] == MESSAGE else (None, ())
+            if not cause and not is_dead:
+                self._busy.remove(line.index)
+                return self._finish(line.index, line.request, reply)
         except (EOFError, OSError):  # it died within the message
             is_dead = True
+        except BaseException:  # Ctrl-C within a message, or a reply that cannot be unpickled: there is no way on
+            self.close()
+            raise
         if is_dead:
             line.process.join(1.0)
-            code, names = line.process.exitcode, {-one: one.name for one in signal.Signals}
-            cause = f"killed by {names[code]}" if code in names else f"the process exited with code {code}"
-            if line.request == "constructor" and code == 1:
+            cause = f"it died: {line.process}"
+            if line.request == "constructor" and line.process.exitcode == 1:
                 cause += "; under spawn and forkserver, a script needs `if __name__ == '__main__':` around what it runs"
-        if cause:
-            self.close(timeout=0.3)  # fast: whoever gets the error should not have to wait for it
-            index = line.index * self._per_worker + line.progress[0]
-            error = WorkerError(f"environment {index} (worker {line.index}) failed in {line.request}: {cause}")
-            error.env_index, error.worker, error.phase, error.cause = index, line.index, line.request, cause
-            raise error
-        self._busy.remove(line.index)
-        self._finish(line.index, line.request, reply)
+        self.close(timeout=0.3)  # fast: whoever gets the error should not have to wait for it
+        index = line.index * self._per_worker + line.progress[0]
+        error = WorkerError(f"environment {index} (worker {line.index}) failed in {line.request}: {cause}")
+        error.env_index, error.worker, error.phase, error.cause = index, line.index, line.request, cause
+        raise error

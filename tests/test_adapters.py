@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import pickle
+import types
 
 import gymnasium
 import numpy as np
@@ -218,7 +219,8 @@ def test_agents_with_different_spaces_are_refused_by_name():
 
 
 def test_what_is_no_parallel_env_is_refused():
-    for env in ({}, Counter(), simple_spread_v3.env()):  # the last takes turns
+    nobody = types.SimpleNamespace(possible_agents=[], agents=[])
+    for env in ({}, Counter(), simple_spread_v3.env(), nobody):  # the third takes turns
         with pytest.raises(TypeError, match="aec_to_parallel.*got "):
             PettingZooPufferEnv(env)
 

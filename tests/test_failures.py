@@ -71,7 +71,7 @@ def no_worker_is_left():
 
 CAUSES = {
     "raise": r"ZeroDivisionError: the {where} divides by zero",
-    "exit": r"code 3",
+    "exit": r"exitcode=3",
     "kill": r"SIGKILL",
     "leave": r"SystemExit: the environment leaves",
 }
@@ -174,7 +174,7 @@ def test_a_worker_that_is_killed_within_a_message_is_told():
             time.sleep(0.01)
         os.kill(envs._lines[0].process.pid, signal.SIGKILL)
         start = time.perf_counter()
-        with pytest.raises(WorkerError, match="killed by SIGKILL"):
+        with pytest.raises(WorkerError, match="it died: .*SIGKILL"):
             envs.recv()
         assert time.perf_counter() - start < 2
 
@@ -186,7 +186,7 @@ def test_signals_without_a_name_are_told_too():
 
     with Multiprocessing([Shot], num_workers=1) as envs:
         envs.reset()
-        with pytest.raises(WorkerError, match=f"code -{signal.SIGRTMIN + 6}"):
+        with pytest.raises(WorkerError, match=f"exitcode=-{signal.SIGRTMIN + 6}"):
             envs.step(np.zeros(1, int))
 
 
@@ -261,19 +261,53 @@ def test_a_recv_that_is_interrupted_can_be_called_again():
 
 
 def test_after_ctrl_c_before_a_worker_is_rung_it_closes():
-    with Multiprocessing([patient] * 2, num_workers=2) as envs:
-        envs.reset()
-        line, ring, rings = envs._lines[1], envs._lines[1].worker_bell.release, iter([False, True, True])
+    envs = Multiprocessing([patient] * 2, num_workers=2)
+    envs.reset()
+    line, ring, rings = envs._lines[1], envs._lines[1].worker_bell.release, iter([False, True, True])
 
-        def release():
-            if not next(rings):
-                raise KeyboardInterrupt
-            ring()
+    def release():
+        if not next(rings):
+            raise KeyboardInterrupt
+        ring()
 
-        with mock.patch.object(line, "worker_bell") as bell, pytest.raises(KeyboardInterrupt):
-            bell.release = release
-            envs.send(envs.action_space.sample())
-    assert line.process.exitcode == 0  # and was not killed, though its flag was set without a ring
+    with mock.patch.object(line, "worker_bell") as bell, pytest.raises(KeyboardInterrupt):
+        bell.release = release
+        envs.send(envs.action_space.sample())
+    assert envs.closed and line.process.exitcode == 0  # it was not killed, though its flag was set without a ring
+
+
+@pytest.mark.parametrize("call", ["reset", "call"])
+def test_after_ctrl_c_no_call_waits_for_ever(call):
+    """Wherever it came: all goes on, or all is closed (where half a message is lost, or a ring)."""
+
+    class Talkative(NoOp):
+        def reset(self, **arguments):
+            return super().reset(**arguments)[0], {"more than a pipe holds": bytes(300_000)}
+
+        def answer(self, question):
+            return question
+
+    def tick(*_):
+        raise KeyboardInterrupt
+
+    envs, question, interrupts, closings = None, np.zeros(300_000, np.uint8), 0, 0
+    generator, before, start = np.random.default_rng(1), signal.signal(signal.SIGALRM, tick), time.perf_counter()
+    try:
+        while time.perf_counter() < start + 6:
+            if envs is None or envs.closed:
+                envs = Multiprocessing([Talkative] * 4, num_workers=4, infos="all")
+            try:
+                signal.setitimer(signal.ITIMER_REAL, generator.uniform(1e-4, 2e-2))
+                while True:
+                    envs.reset() if call == "reset" else envs.call("answer", question)
+            except KeyboardInterrupt:
+                interrupts += 1
+            closings += envs.closed
+            envs.closed or envs.reset()  # which hangs if ever one is torn: the test's timeout ends that
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0), signal.signal(signal.SIGALRM, before)
+        envs.close()
+    assert interrupts > 20 and closings > 0
 
 
 # -------------------------------------------------------------------------------------------------------------- closing
@@ -328,6 +362,26 @@ def test_closing_ends_envs_that_hang_and_that_cannot_be_terminated():
     assert time.perf_counter() - start < 4 and await_end(pids, 0) == []
 
 
+def test_closing_waits_for_no_message_that_nobody_reads(tmp_path):
+    """Workers of a later fork hold no end of an earlier one's pipe, or its worker would never find it closed."""
+    path = str(tmp_path / "events")
+
+    class Talkative(Marker):
+        def step(self, action):
+            return *super().step(action)[:4], {"more than a pipe holds": bytes(2**20)}
+
+    env_fns = [functools.partial(Talkative, path, name) for name in range(2)]
+    envs = Multiprocessing(env_fns, num_workers=2, infos="all", context="fork")
+    envs.reset()
+    envs.send(np.zeros(2, int))
+    while any(line.flag[0] != puffer_core.MESSAGE for line in envs._lines):
+        time.sleep(0.01)
+    start = time.perf_counter()
+    envs.close()
+    assert time.perf_counter() - start < 2 and [line.process.exitcode for line in envs._lines] == [0, 0]
+    assert events(path)[:2] == ["closed 0", "closed 1"]
+
+
 @pytest.mark.filterwarnings("error")  # whoever asks for it need not be told
 def test_closing_at_once_waits_for_nobody():
     envs = Multiprocessing([Stubborn] * 2, num_workers=2)
@@ -357,7 +411,7 @@ def test_processes_that_environments_leave_behind_delay_nothing():
     envs.reset()
     os.kill(envs._lines[0].process.pid, signal.SIGKILL)
     start = time.perf_counter()
-    with pytest.raises(WorkerError, match="killed by SIGKILL"):
+    with pytest.raises(WorkerError, match="it died: .*SIGKILL"):
         while True:
             envs.step(np.zeros(4, int))
     assert time.perf_counter() - start < 2

@@ -465,6 +465,9 @@ def test_layouts_can_be_pickled_and_copied():
     space = spaces.Dict(a=spaces.Discrete(3, start=-1), b=spaces.MultiBinary(2))
     for layout in (copy.deepcopy(Layout(space)), pickle.loads(pickle.dumps(Layout(space)))):
         assert layout.space == space and layout.flat_space == Layout(space).flat_space
+    nested = ActionLayout(space)
+    for layout in (copy.deepcopy(nested), pickle.loads(pickle.dumps(nested))):
+        assert layout.flat_space == nested.flat_space and layout.unflatten([2, 0, 1])["a"] == 1
 
 
 def test_the_order_of_a_samples_keys_does_not_matter():
@@ -589,6 +592,8 @@ NESTED_ACTIONS = spaces.Tuple([spaces.Discrete(3, start=-1), spaces.MultiBinary(
         (spaces.Discrete(3, start=2), 1),
         (spaces.MultiDiscrete([2, 3]), [1, 3]),
         (spaces.MultiDiscrete([2, 3]), [1, 1, 1]),
+        (spaces.MultiDiscrete([2, 3], dtype=np.uint8), [257, 0]),
+        (spaces.MultiDiscrete([2, 3], dtype=np.int8), [-255, 0]),
         (NESTED_ACTIONS, [3, 0, 0]),
         (NESTED_ACTIONS, [-1, 0, 0]),
         (NESTED_ACTIONS, [0, 2, 0]),

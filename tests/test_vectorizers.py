@@ -858,6 +858,12 @@ def test_numbers_that_do_not_divide_are_refused_by_name(options, name, monkeypat
 
 
 @backends
+def test_no_environments_are_refused(backend):
+    with pytest.raises(ValueError, match="num_workers: .*num_envs=0"):
+        backend([])
+
+
+@backends
 def test_envs_that_are_not_alike_are_refused(backend):
     with pytest.raises((ValueError, WorkerError), match="alike"):
         backend([Counter, NoOp])
@@ -1003,6 +1009,12 @@ def test_a_team_needs_no_metadata(monkeypatch):
         assert envs.metadata == {"autoreset_mode": AutoresetMode.SAME_STEP}
 
 
+class Marked(Counter):
+    def __init__(self, mark):
+        super().__init__(99)
+        self.mark = mark
+
+
 class Unloadable:
     def __reduce__(self):
         return int, ("no number",)  # what unpickling calls
@@ -1013,6 +1025,15 @@ def test_an_argument_that_workers_cannot_unpickle_is_told():
         envs.reset(seed=1)
         with pytest.raises(WorkerError, match="(?s)call.*invalid literal"):
             envs.set_attr("tag", Unloadable())
+
+
+def test_a_result_that_cannot_be_unpickled_closes_all():
+    """As half of what the worker said is lost, the next call would wait for the rest."""
+    with Multiprocessing([lambda: Marked(Unloadable()), lambda: Marked(1)], num_workers=2) as envs:
+        envs.reset(seed=1)
+        with pytest.raises(ValueError, match="no number"):
+            envs.get_attr("mark")
+        assert envs.closed
 
 
 @pytest.mark.parametrize("cut_short", ["unpicklable", "interrupted"])
