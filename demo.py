@@ -222,10 +222,10 @@ class Policy(nn.Module):
         self.is_continuous, num_actions = isinstance(action_space, spaces.Box), np.prod(action_space.shape, dtype=int)
         self.sizes = np.ravel(getattr(action_space, "nvec", getattr(action_space, "n", num_actions))).tolist()
         self.center, self.radius = np.ravel(getattr(action_space, "start", 0)), 1
-        if self.is_continuous:  # -1 and 1 are the bounds, or the one there is and 2 beside it
+        if self.is_continuous:  # -1 and 1 are the bounds, or the one there is (below 1e30) and 2 beside it
             low, high = action_space.low.ravel().astype(float), action_space.high.ravel().astype(float)
-            low = np.where(np.isfinite(low), low, np.where(np.isfinite(high), high - 2.0, -1.0))
-            high = np.where(np.isfinite(high), high, low + 2.0)
+            low = np.where(abs(low) < 1e30, low, np.where(abs(high) < 1e30, high - 2.0, -1.0))
+            high = np.where(abs(high) < 1e30, high, low + 2.0)
             self.center, self.radius = (high + low) / 2, (high - low) / 2
             self.log_std = nn.Parameter(torch.zeros(num_actions))
         self.actor, self.critic = nn.Linear(width, sum(self.sizes)), nn.Linear(width, 1)
@@ -346,7 +346,7 @@ class Trainer:
         pool = {"num_workers": args.num_workers or None, "batch_size": args.env_batch_size or None}
         make = puffer_core.Serial if args.vec == "serial" else partial(puffer_core.Multiprocessing, **pool)
         try:
-            self.envs = envs = make(env_fns, zero_copy=args.zero_copy)  # before CUDA starts, which forks cannot use
+            self.envs = envs = make(env_fns, zero_copy=args.zero_copy, infos="episode")  # before CUDA starts, for forks
         except ValueError as error:
             raise SystemExit(f"--num-workers, --env-batch-size: {error}") from None
         if torch.cuda.is_available() and args.cuda:
@@ -414,12 +414,12 @@ class Trainer:
             experience, self.rows = self.experience, batch.agent_ids
             where, last = experience.place(self.rows), experience.place(self.rows, back=1)
             ended, was_alive = batch.terminations | batch.truncations, experience.valid[last]
-            goes_on = ~ended | batch.infos.get("_final_obs", np.zeros_like(ended))
-            self.alive, starts = batch.masks & goes_on, (ended & goes_on) | ~was_alive
+            begins = batch.infos.get("_final_obs", np.zeros_like(ended))
+            self.alive, starts = batch.masks & (begins | ~ended), begins | ~was_alive
             experience.rewards[last], experience.terminated[last] = batch.rewards, batch.terminations
             experience.ended[last], experience.complete[self.rows] = ended, experience.begun[self.rows]
-            is_cut = ended & goes_on & ~batch.terminations
-            experience.valid[last] &= batch.masks | batch.terminations | is_cut  # else, nobody knows where actions led
+            is_cut = ~batch.terminations & [it is not None for it in batch.infos.get("final_obs", [None] * len(ended))]
+            experience.valid[last] &= np.where(begins, is_cut, batch.masks) | batch.terminations  # else, nobody knows
             parts = np.stack([self.rows, where, np.where(is_cut, -1, last)]), batch.observations, starts
             parts = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts]
             packed = torch.empty(sum(map(len, parts)), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
@@ -572,7 +572,7 @@ def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
     vars(trainer).update({name: contents[name] for name in ("iteration", "learned", "global_step", "num_episodes")})
     trainer.returns.extend(contents["returns"])
     torch.set_rng_state(contents["rng"])
-    if WORLD_SIZE > 1 or trainer.device.type == "cuda":  # what was saved is rank 0's, of the CPU
+    if WORLD_SIZE > 1 or trainer.device.type == "cuda" or trainer.args.seed != contents["args"].seed:  # as was saved
         torch.manual_seed(trainer.args.seed + RANK + trainer.global_step)
 
 

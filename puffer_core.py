@@ -86,7 +86,6 @@ def _plan(space: spaces.Space, path: str) -> tuple[np.dtype, list[Leaf], Callabl
         except (KeyError, IndexError, TypeError):
             got = list(sample) if isinstance(sample, dict) else f"{sample!r:.80}"
             raise ValueError(f"{path}: expected the keys {keys}, got {got}") from None
-
     def build(values: Any) -> dict | tuple:
         children = [build(values) for build in builders]
         return dict(zip(keys, children)) if is_dict else tuple(children)
@@ -203,8 +202,7 @@ class ActionLayout(gymnasium.utils.EzPickle):
         flat, space = np.asarray(flat), self.flat_space
         is_box = isinstance(space, spaces.Box)
         fits = not np.isnan(flat).any() if is_box else flat.dtype.kind in "biu" and flat.astype(space.dtype) in space
-        fits = fits and (is_box or (flat.astype(space.dtype) == flat).all())  # nor has wrapped
-        if flat.shape != space.shape or not fits:
+        if flat.shape != space.shape or not fits or not (is_box or (flat.astype(space.dtype) == flat).all()):
             raise ValueError(f"expected an action in {space}, got {flat}")
         values, samples = flat.ravel().clip(*self._bounds) if is_box else flat.ravel() + self._start, []
         for leaf, part in zip(self._leaves, np.split(values, self._ends)):
@@ -317,8 +315,8 @@ class EpisodeStats(gymnasium.Wrapper):
 class Batch(namedtuple("Batch", "observations rewards terminations truncations infos agent_ids masks")):
     """What `recv` returns: arrays whose row i is about agent `agent_ids[i]`, and `infos` as gymnasium's vector dict.
 
-    Where `infos["_final_obs"]` is set, an episode ended, and row and mask are the first of the next one. An agent that
-    ended without it, as others of its team go on, keeps its row for this batch, and is absent from the next one on.
+    Where `infos["_final_obs"]` is set, an episode ended, and row and mask are the first of the next one; final_obs is
+    None if nothing was seen. Who ended without it, as others of a team go on, keeps the row for this batch, no longer.
     """
 
 
@@ -338,7 +336,7 @@ class _Shard:
         self.env_fns, self.envs, self.progress = env_fns, [], progress  # `progress[0]`: the environment that is at work
 
     def constructor(self, indices: Sequence[int], num_envs: int, path: str, infos: str) -> list:
-        progress, self.all_infos = self.progress, {"final": False, "all": True}[infos]
+        progress, self.all_infos = self.progress, {"episode": None, "final": False, "all": True}[infos]
         for progress[0], env_fn in enumerate(self.env_fns):
             self.envs.append(env := env_fn())  # first, so that it is closed also if no adapter takes it
             adapter = GymnasiumPufferEnv if isinstance(env, gymnasium.Env) else PettingZooPufferEnv
@@ -367,6 +365,7 @@ class _Shard:
 
     def _by_row(self, index: int, info: dict) -> dict[int, dict]:
         infos = [info.get(agent) for agent in self.envs[index].possible_agents] if self.is_team else [info]
+        infos = [it and {key: it[key] for key in it if self.all_infos is not None or key == "episode"} for it in infos]
         return {row: copy.deepcopy(info) for row, info in enumerate(infos, self.slices[index].start) if info}
 
     def step(self) -> list:
@@ -390,7 +389,8 @@ class _Shard:
         ended = np.flatnonzero(rows.terminations[where] | rows.truncations[where]) + where.start
         finals = {row: {"final_info": infos.pop(row, {})} for row in ended.tolist()}
         if not self.is_team or self.envs[index].episode_over:  # the next one begins
-            last, infos = rows.observations[where].copy(), self._begin(index)
+            last = [one if seen else None for one, seen in zip(rows.observations[where].copy(), rows.masks[where])]
+            infos = self._begin(index)
             finals = {row: {**final, "final_obs": last[row - where.start]} for row, final in finals.items()}
         return [*finals.items(), *(infos.items() if self.all_infos else ())]
 
@@ -562,7 +562,8 @@ def _worker(env_fns: CloudpickleWrapper, line: SimpleNamespace, is_main: bool) -
         libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the thread that started this worker ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes its workers
     signal.signal(signal.SIGTERM, lambda *_: None)  # so is this; SIG_IGN would pass to programs that environments run
-    os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))  # as this would to forks
+    # To forks this would, and who has an end of the pipe would keep the parent from seeing that this process has died.
+    os.register_at_fork(after_in_child=lambda: (signal.signal(signal.SIGTERM, signal.SIG_DFL), line.pipe.close()))
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
     for name, limit in ("torch", "set_num_threads"), ("cv2", "setNumThreads"), ("threadpoolctl", "threadpool_limits"):
         with contextlib.suppress(Exception):  # not installed, broken, or a torch that nothing here has imported yet
@@ -617,7 +618,7 @@ class Multiprocessing(Serial):
         batch_size: environments a `recv`, a multiple of those that a worker has; by default all.
         zero_copy: views of the first ready block of neighboring workers, until its next `send`; False: copies of any.
         context: start method of multiprocessing (fork, forkserver, spawn); by default Python's own default.
-        infos: "final" for the infos of episodes' last steps only, "all" for every step's, as gymnasium has it.
+        infos: "all", as gymnasium has them; "final", of episodes' last steps only; "episode", no other key of these.
     """
 
     def __init__(self, env_fns: Sequence[Callable], num_workers: int | None = None, batch_size: int | None = None,
@@ -633,10 +634,10 @@ class Multiprocessing(Serial):
             connection, line.pipe = context.Pipe()
             multiprocessing.util.register_after_fork(connection, type(connection).close)  # or none would see it closed
             own_fns = CloudpickleWrapper(env_fns[worker * self._per_worker :][: self._per_worker])
-            line.process = context.Process(target=_worker, args=(own_fns, line, is_main))  # no daemon: may start others
-            line.process.start(), line.pipe.close()
+            line.process = context.Process(target=_worker, args=(own_fns, copy.copy(line), is_main))  # may start others
             line.connection, line.flag = connection, memoryview(line.flag).cast("B")  # which is read in half the time
-            self._lines.append(line)
+            self._lines.append(line)  # before it starts, or after Ctrl-C nobody would close it
+            line.process.start(), line.pipe.close()
         self._construct(infos)
 
     def _request(self, worker: int, name: str, *arguments: Any) -> None:
@@ -683,16 +684,15 @@ class Multiprocessing(Serial):
             if not cause and not is_dead:
                 self._busy.remove(line.index)
                 return self._finish(line.index, line.request, reply)
-        except (EOFError, OSError):  # it died within the message
-            is_dead = True
-        except BaseException:  # Ctrl-C within a message, or a reply that cannot be unpickled: there is no way on
-            self.close()
-            raise
+        except BaseException as error:
+            line.process.join(1.0 if isinstance(error, (EOFError, OSError)) else 0.0)  # did it die within the message?
+            is_dead = not line.process.is_alive()
+            if not is_dead:  # Ctrl-C within a message, or a reply that cannot be unpickled: there is no way on
+                self.close()
+                raise
         if is_dead:
-            line.process.join(1.0)
-            cause = f"it died: {line.process}"
-            if line.request == "constructor" and line.process.exitcode == 1:
-                cause += "; under spawn and forkserver, a script needs `if __name__ == '__main__':` around what it runs"
+            hint = "; under spawn and forkserver, a script needs `if __name__ == '__main__':` around what it runs"
+            cause = f"it died: {line.process}" + hint * (line.request == "constructor" and line.process.exitcode == 1)
         self.close(timeout=0.3)  # fast: whoever gets the error should not have to wait for it
         index = line.index * self._per_worker + line.progress[0]
         error = WorkerError(f"environment {index} (worker {line.index}) failed in {line.request}: {cause}")

@@ -408,6 +408,21 @@ class Pausing(Team):
         super().__init__(scripts)
 
 
+class Halting(Team):
+    """A team that is cut off, of which then only the last is told what it sees; and all have another kind of info."""
+
+    def __init__(self, scripts=(("+++", "+++", "XXX"), ("+++", "XTX"))):
+        super().__init__(scripts)
+
+    def _observe(self, present):
+        return super()._observe([one for one in present if one[2] == "+" or one[0] == 2])
+
+    def step(self, actions):
+        *told, infos = super().step(actions)
+        kinds = ({"rank": 1}, {"rank": None}, {"rank": lambda: np.zeros(2)})
+        return *told, dict(zip(infos, kinds)) if not self.agents else infos
+
+
 # Nine arrays, 13 kB: what MiniHack observes.
 MINIHACK_SPACE = spaces.Dict(
     {

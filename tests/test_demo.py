@@ -703,7 +703,10 @@ def test_a_resumed_run_goes_on_with_its_schedule_counts_and_random_numbers(tmp_p
             trainer.update()
             rates.append(float(trainer.optimizer.param_groups[0]["lr"]))
     contents = demo.load(str(tmp_path / "checkpoint.pt"))
-    with trainer_of("CartPole-v1", total_timesteps=10 * 32, seed=7) as resumed:
+    with trainer_of("CartPole-v1", seed=7) as other:
+        demo.restore(other, contents)  # but a flag that is given holds
+        assert not torch.equal(torch.rand(3), drawn)
+    with trainer_of("CartPole-v1", total_timesteps=10 * 32) as resumed:
         demo.restore(resumed, contents)
         assert (resumed.iteration, resumed.global_step) == (4, 4 * 32)
         assert torch.equal(torch.rand(3), drawn)
@@ -836,8 +839,21 @@ def test_an_action_that_led_nowhere_to_be_seen_is_not_learned_from():
     assert valid.tolist() == [[1] * 9, [0, 0, 1] * 3, [1] * 9]  # the one before the pause, and what is in it
 
 
+@pytest.mark.parametrize("vec", ["serial", "multiprocessing"])
+def test_a_team_that_is_cut_off_unseen_is_not_learned_from(vec):
+    """Nor do infos matter that nobody reads, which gymnasium could not batch, nor a pipe take."""
+    with trainer_of("tests.envs:Halting", vec=vec, num_envs=2) as trainer:
+        assert trainer.collect()
+        index, experience = trainer.prepare(), trainer.experience
+        fields = experience.trainable[index], experience.next_values[index] - experience.values[index].roll(-1, 1)
+        trainable, jumps = [field.reshape(2, 3, 8).numpy() for field in fields]
+    assert trainable[0].astype(int).tolist() == [[1, 0, 0] * 2 + [1, 0], [1, 0, 1] * 2 + [1, 0], [1] * 8]
+    ended = np.array([False, True, True] * 2 + [False, True])
+    assert (jumps[:, 2, :-1] != 0).tolist() == [ended[:-1].tolist()] * 2  # whose last observations were seen
+
+
 @pytest.mark.parametrize("low, high, center, radius", [
-    (-2, 4, 1, 3), (3, np.inf, 4, 1), (-np.inf, 7, 6, 1), (-np.inf, np.inf, 0, 1),
+    (-2, 4, 1, 3), (3, np.inf, 4, 1), (-np.inf, 7, 6, 1), (-np.inf, np.inf, 0, 1), (-3.4e38, 3.4e38, 0, 1),
 ])  # fmt: skip
 def test_continuous_actions_begin_where_bounds_allow(low, high, center, radius):
     space = spaces.Box(np.float32(low), np.float32(high), (2,))

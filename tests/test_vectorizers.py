@@ -37,6 +37,7 @@ from tests.envs import (
     CounterTeam,
     Crashing,
     GlobalRandom,
+    Halting,
     Marker,
     Napping,
     Nested,
@@ -301,6 +302,26 @@ def test_infos_say_nothing_but_the_last_in_final_mode(backend):
 
 
 @backends
+def test_infos_say_nothing_but_the_episode_in_episode_mode(backend):
+    env_fns = [lambda: puffer_core.EpisodeStats(Counter(2)), functools.partial(Counter, 2)]
+    with backend(env_fns, infos="episode") as envs:
+        envs.reset(), envs.step(np.zeros(2, int))
+        first, second = [info_of(infos, row) for infos in [envs.step(np.zeros(2, int))[4]] for row in range(2)]
+        assert (first["final_info"]["episode"]["l"], list(first["final_info"])) == (2, ["episode"])
+        assert second.get("final_info", {}) == {} and second["final_obs"][2] == 2
+
+
+@backends
+def test_an_agent_that_sees_nothing_at_the_end_has_no_last_observation(backend):
+    with backend([Halting] * 2, infos="episode") as envs:
+        envs.reset(seed=1), envs.step(np.ones(6, int))
+        infos = envs.step(np.ones(6, int))[4]
+        assert infos["_final_obs"].all() and envs.masks.all()  # the next episode has begun
+        assert [seen is None for seen in infos["final_obs"]] == [True, True, False] * 2
+        assert envs.layout.unflatten(infos["final_obs"][2])["time"].tolist() == [0, 2]
+
+
+@backends
 def test_infos_of_every_step_come_in_all_mode(backend):
     with backend([functools.partial(Counter, 2), functools.partial(Counter, 3)], infos="all") as envs:
         _, infos = envs.reset(options={"level": 4})
@@ -373,7 +394,7 @@ def expect_team(envs, scripts, steps):
             episode, time = episode + 1, 0
             script = scripts[episode % len(scripts)]
             for row in finals:
-                finals[row]["final_obs"] = rows[row]
+                finals[row]["final_obs"] = rows[row] if any(rows[row]) else None
             rows, masks = observed(script, 0), [state != "." for state in script[0]]  # of the next episode already
         yield rows, rewards, *ended[1:], masks, finals
 
@@ -427,7 +448,7 @@ def test_who_ends_without_a_last_observation_is_told_so_and_begins_anew(backend)
                 found = getattr(batch, name, batch.infos.get(name, np.zeros(4, bool)))
                 assert np.flatnonzero(found).tolist() == [*agents, *[2 + agent for agent in agents]], name
             for row in np.flatnonzero(batch.infos.get("_final_obs", [])):
-                assert not batch.infos["final_obs"][row].any()
+                assert batch.infos["final_obs"][row] is None
             envs.send(np.array([1, 2, 1, 2]))
 
 
@@ -1009,6 +1030,11 @@ def test_a_team_needs_no_metadata(monkeypatch):
         assert envs.metadata == {"autoreset_mode": AutoresetMode.SAME_STEP}
 
 
+class Missing:
+    def __reduce__(self):
+        return open, ("no such file",)
+
+
 class Marked(Counter):
     def __init__(self, mark):
         super().__init__(99)
@@ -1029,11 +1055,12 @@ def test_an_argument_that_workers_cannot_unpickle_is_told():
 
 def test_a_result_that_cannot_be_unpickled_closes_all():
     """As half of what the worker said is lost, the next call would wait for the rest."""
-    with Multiprocessing([lambda: Marked(Unloadable()), lambda: Marked(1)], num_workers=2) as envs:
-        envs.reset(seed=1)
-        with pytest.raises(ValueError, match="no number"):
-            envs.get_attr("mark")
-        assert envs.closed
+    for mark, error, match in ((Unloadable(), ValueError, "no number"), (Missing(), FileNotFoundError, "no such file")):
+        with Multiprocessing([functools.partial(Marked, mark), Counter], num_workers=2, context="fork") as envs:
+            envs.reset(seed=1)
+            with pytest.raises(error, match=match):
+                envs.get_attr("mark")
+            assert envs.closed
 
 
 @pytest.mark.parametrize("cut_short", ["unpicklable", "interrupted"])
