@@ -610,7 +610,7 @@ class Multiprocessing(Serial):
     """Steps environments in worker processes that write their rows straight into shared memory.
 
     With `batch_size < num_envs`, `recv` returns the environments that are ready first, and `send` sets them to work
-    again while others are busy. A failure closes all. `close(timeout=CLOSE_SECONDS)` kills workers that take longer.
+    again while others are busy. A failure closes all; Ctrl-C may. `close(timeout=CLOSE_SECONDS)` kills the slow ones.
 
     Args:
         env_fns: functions that return a gymnasium.Env or a PettingZoo ParallelEnv, adapted here if they are not yet.
