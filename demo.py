@@ -346,7 +346,7 @@ class Trainer:
         pool = {"num_workers": args.num_workers or None, "batch_size": args.env_batch_size or None}
         make = puffer_core.Serial if args.vec == "serial" else partial(puffer_core.Multiprocessing, **pool)
         try:
-            self.envs = envs = make(env_fns, zero_copy=args.zero_copy, infos="episode")  # before CUDA starts, for forks
+            self.envs = envs = make(env_fns, zero_copy=args.zero_copy, infos="episode")  # early: forks cannot use CUDA
         except ValueError as error:
             raise SystemExit(f"--num-workers, --env-batch-size: {error}") from None
         if torch.cuda.is_available() and args.cuda:
@@ -418,8 +418,8 @@ class Trainer:
             self.alive, starts = batch.masks & (begins | ~ended), begins | ~was_alive
             experience.rewards[last], experience.terminated[last] = batch.rewards, batch.terminations
             experience.ended[last], experience.complete[self.rows] = ended, experience.begun[self.rows]
-            is_cut = ~batch.terminations & [it is not None for it in batch.infos.get("final_obs", [None] * len(ended))]
-            experience.valid[last] &= np.where(begins, is_cut, batch.masks) | batch.terminations  # else, nobody knows
+            is_cut = ~batch.terminations & [one is not None for one in batch.infos.get("final_obs", [None] * len(last))]
+            experience.valid[last] &= np.where(begins, is_cut, batch.masks) | batch.terminations  # what led somewhere
             parts = np.stack([self.rows, where, np.where(is_cut, -1, last)]), batch.observations, starts
             parts = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts]
             packed = torch.empty(sum(map(len, parts)), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
@@ -571,8 +571,8 @@ def restore(trainer: Trainer, contents: dict[str, Any]) -> None:
     trainer.optimizer.load_state_dict(contents["optimizer"])
     vars(trainer).update({name: contents[name] for name in ("iteration", "learned", "global_step", "num_episodes")})
     trainer.returns.extend(contents["returns"])
-    torch.set_rng_state(contents["rng"])
-    if WORLD_SIZE > 1 or trainer.device.type == "cuda" or trainer.args.seed != contents["args"].seed:  # as was saved
+    torch.set_rng_state(contents["rng"])  # which is rank 0's, of the CPU, and goes back to that seed
+    if WORLD_SIZE > 1 or trainer.device.type == "cuda" or trainer.args.seed != contents["args"].seed:
         torch.manual_seed(trainer.args.seed + RANK + trainer.global_step)
 
 

@@ -202,7 +202,7 @@ class ActionLayout(gymnasium.utils.EzPickle):
         flat, space = np.asarray(flat), self.flat_space
         is_box = isinstance(space, spaces.Box)
         fits = not np.isnan(flat).any() if is_box else flat.dtype.kind in "biu" and flat.astype(space.dtype) in space
-        if flat.shape != space.shape or not fits or not (is_box or (flat.astype(space.dtype) == flat).all()):
+        if flat.shape != space.shape or not fits or not (is_box or (flat.astype(space.dtype) == flat).all()):  # wrapped
             raise ValueError(f"expected an action in {space}, got {flat}")
         values, samples = flat.ravel().clip(*self._bounds) if is_box else flat.ravel() + self._start, []
         for leaf, part in zip(self._leaves, np.split(values, self._ends)):
@@ -364,8 +364,8 @@ class _Shard:
         return self._by_row(index, info) if self.all_infos else {}
 
     def _by_row(self, index: int, info: dict) -> dict[int, dict]:
-        infos = [info.get(agent) for agent in self.envs[index].possible_agents] if self.is_team else [info]
-        infos = [it and {key: it[key] for key in it if self.all_infos is not None or key == "episode"} for it in infos]
+        infos = [info.get(agent) or {} for agent in self.envs[index].possible_agents] if self.is_team else [info or {}]
+        infos = [{key: one[key] for key in one if self.all_infos is not None or key == "episode"} for one in infos]
         return {row: copy.deepcopy(info) for row, info in enumerate(infos, self.slices[index].start) if info}
 
     def step(self) -> list:
@@ -618,7 +618,7 @@ class Multiprocessing(Serial):
         batch_size: environments a `recv`, a multiple of those that a worker has; by default all.
         zero_copy: views of the first ready block of neighboring workers, until its next `send`; False: copies of any.
         context: start method of multiprocessing (fork, forkserver, spawn); by default Python's own default.
-        infos: "all", as gymnasium has them; "final", of episodes' last steps only; "episode", no other key of these.
+        infos: "final" for those of episodes' last steps, "episode" for this key of them, "all" for gymnasium's own way.
     """
 
     def __init__(self, env_fns: Sequence[Callable], num_workers: int | None = None, batch_size: int | None = None,
@@ -632,7 +632,7 @@ class Multiprocessing(Serial):
             line = SimpleNamespace(index=worker, worker_bell=context.Semaphore(0), parent_bell=self._bell)
             line.flag, line.progress = context.RawArray("B", 64), context.RawArray("q", 8)  # each with a cache line
             connection, line.pipe = context.Pipe()
-            multiprocessing.util.register_after_fork(connection, type(connection).close)  # or none would see it closed
+            multiprocessing.util.register_after_fork(connection, type(connection).close)  # by workers made later
             own_fns = CloudpickleWrapper(env_fns[worker * self._per_worker :][: self._per_worker])
             line.process = context.Process(target=_worker, args=(own_fns, copy.copy(line), is_main))  # may start others
             line.connection, line.flag = connection, memoryview(line.flag).cast("B")  # which is read in half the time

@@ -411,7 +411,7 @@ class Pausing(Team):
 class Halting(Team):
     """A team that is cut off, of which then only the last is told what it sees; and all have another kind of info."""
 
-    def __init__(self, scripts=(("+++", "+++", "XXX"), ("+++", "XTX"))):
+    def __init__(self, scripts=(("+++", "+++", "X" * 3), ("+++", "XTX"))):
         super().__init__(scripts)
 
     def _observe(self, present):
