@@ -4,8 +4,7 @@ Read on: layouts (flatten), adapters (around one environment), vectorizers (arou
     import gymnasium, puffer_core
 
     if __name__ == "__main__":
-        env_fns = [lambda: gymnasium.make("Blackjack-v1")] * 8          # observations are Tuples
-        with puffer_core.Multiprocessing(env_fns, num_workers=2) as envs:
+        with puffer_core.Multiprocessing([lambda: gymnasium.make("Blackjack-v1")] * 8) as envs:  # observes Tuples
             observations, infos = envs.reset(seed=1)                    # one flat row per environment
             for _ in range(100):
                 observations, rewards, terminations, truncations, infos = envs.step(envs.action_space.sample())
@@ -558,8 +557,9 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
 def _worker(env_fns: CloudpickleWrapper, line: SimpleNamespace, is_main: bool) -> None:
     libc, waited, flag = ctypes.CDLL(None), 0.0, memoryview(line.flag).cast("B")
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    if is_main and hasattr(libc, "prctl"):  # that thread ends who hangs, but not where C code holds the GIL
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the thread that started this worker ends
+    if hasattr(libc, "prctl"):  # Linux; that thread ends who hangs, but not where C code holds the GIL
+        libc.prctl(1, signal.SIGKILL * is_main)  # PR_SET_PDEATHSIG: when the thread that started this worker ends
+        libc.sched_setscheduler(0, os.SCHED_BATCH, ctypes.byref(ctypes.c_int()))  # wakes without preempting its waker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes its workers
     signal.signal(signal.SIGTERM, lambda *_: None)  # so is this; SIG_IGN would pass to programs that environments run
     # To forks this would, and who has an end of the pipe would keep the parent from seeing that this process has died.

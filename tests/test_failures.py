@@ -714,6 +714,14 @@ def test_a_library_that_is_broken_does_not_keep_workers_from_starting(monkeypatc
         assert envs.reset()[0][:, 1].tolist() == [0, 0]
 
 
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has it")
+def test_workers_do_not_take_the_core_of_the_parent_that_wakes_them():
+    with Multiprocessing([patient] * 2, num_workers=2) as envs:
+        envs.reset()
+        assert [os.sched_getscheduler(line.process.pid) for line in envs._lines] == [os.SCHED_BATCH] * 2
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_use_one_thread_and_the_parent_keeps_its_own(context):
     torch = pytest.importorskip("torch")
