@@ -129,8 +129,8 @@ def make_env(env_id: str, render: bool = False) -> Any:
     module, _, name = (env_id := re.sub("^(ale_py|minihack|nle):", "", env_id)).partition(":")
     if module == "pettingzoo" or name.isidentifier():
         create, env = load_env_creator(f"{name}:parallel_env" if module == "pettingzoo" else env_id), None
-        with contextlib.suppress(Exception if render else ()):  # one that cannot draw itself
-            env = create(render_mode="rgb_array") if render else create()
+        with contextlib.suppress(Exception):  # one that cannot draw itself
+            env = create(render_mode="rgb_array") if render else None
         env = create() if env is None else env
         env = env.env if isinstance(env, puffer_core.GymnasiumPufferEnv) else env  # all are made flat later, and once
     elif env_id.startswith(("MiniHack-", "NetHack")):
@@ -166,7 +166,7 @@ def leaves_of(nested: Any) -> list:
     return sum(map(leaves_of, nested), []) if isinstance(nested, (tuple, spaces.Tuple)) else [nested]
 
 
-class Leaf(nn.Module):
+class LeafNet(nn.Module):
     """Reads pictures by the convolutions of Mnih et al. 2015, categories one-hot, bytes as 0 to 1, others by asinh."""
 
     def __init__(self, space: spaces.Space, width: int):
@@ -184,8 +184,8 @@ class Leaf(nn.Module):
             dtype = torch.bfloat16 if torch.is_autocast_enabled(x.device.type) else torch.float32  # both hold bytes
             return self.network(x.to(dtype).mul_(1 / 255.0))
         if self.sizes:  # the rows of absent agents are zero, which may be no category
-            columns = zip(x.unsqueeze(-1).flatten(1).long().unbind(1), self.starts, self.sizes)
-            parts = [nn.functional.one_hot((one - start).clamp(0, size - 1), size) for one, start, size in columns]
+            numbers = zip(x.unsqueeze(-1).flatten(1).long().unbind(1), self.starts, self.sizes)
+            parts = [nn.functional.one_hot((one - start).clamp(0, size - 1), size) for one, start, size in numbers]
             return self.network(torch.cat(parts, dim=1).float())
         return self.network((x / 255.0 if self.space.dtype == np.uint8 else x.float().asinh()).unsqueeze(-1))
 
@@ -214,7 +214,7 @@ class Policy(nn.Module):
     def __init__(self, layout: puffer_core.Layout, action_space: spaces.Space, args: Args):
         super().__init__()
         self.layout, self.action_space, width, flat = layout, action_space, args.hidden_size, layout.flat_space
-        readers = [(NetHackNet if kind_of(leaf) == "nethack" else Leaf, leaf) for leaf in leaves_of(layout.space)]
+        readers = [(NetHackNet if kind_of(leaf) == "nethack" else LeafNet, leaf) for leaf in leaves_of(layout.space)]
         self.readers = nn.ModuleList([reader(leaf, width) for reader, leaf in readers])
         is_deep = kind_of(layout.space) in ("images", "nethack")
         self.rest = nn.ReLU() if is_deep else nn.Sequential(nn.Tanh(), nn.Linear(width, width), nn.Tanh())
@@ -284,10 +284,10 @@ class Experience:
         self.logprobs, self.values, self.next_values, self.advantages, self.returns = zeros(5, count)
         self.starts, self.trainable = zeros(2, count, dtype=torch.bool)
         self.rewards, (self.valid, self.terminated, self.ended) = np.zeros(count, "f4"), np.zeros((3, count), bool)
-        self.begun, self.complete, self.consumed = np.zeros((3, envs.num_agents), np.int64)  # since the start
+        self.begun, self.complete, self.consumed = np.zeros((3, envs.num_agents), np.int64)  # a row's transitions
 
     def place(self, rows: np.ndarray, back: int = 0) -> np.ndarray:
-        """Return where the rows' next transitions go or, one `back`, the last lie; before the first, nobody looks."""
+        """Return where the rows' next or, one `back`, last transitions lie; before the first, that is not `valid`."""
         return rows * self.num_slots + (self.begun[rows] - back) % self.num_slots
 
     def is_due(self, rows: np.ndarray) -> bool:
@@ -340,7 +340,7 @@ class Trainer:
     def __init__(self, args: Args):
         gc.collect()  # an earlier trainer that was compiled or captured, which refers to itself
         self.args, self.iteration, self.global_step, self.num_episodes, self.stopping = args, 0, 0, 0, False
-        self.returns, self.lengths, self.episode = deque(maxlen=100), deque(maxlen=100), {}  # of 100; of the last
+        self.returns, self.lengths, self.episode = deque(maxlen=100), deque(maxlen=100), {}  # `episode`: the last
         self.seconds, self.losses, self.learned, self.device = defaultdict(float), {}, 0, torch.device("cpu")
         env_fns = [partial(make_env, args.env_id, render=args.mode == "eval")] * args.num_envs
         pool = {"num_workers": args.num_workers or None, "batch_size": args.env_batch_size or None}
@@ -348,7 +348,7 @@ class Trainer:
         try:
             self.envs = envs = make(env_fns, zero_copy=args.zero_copy, infos="episode")  # early: forks cannot use CUDA
         except ValueError as error:
-            raise SystemExit(f"--num-workers, --env-batch-size: {error}") from None
+            raise SystemExit(f"environments, --num-workers or --env-batch-size: {error}") from None
         if torch.cuda.is_available() and args.cuda:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
@@ -439,8 +439,8 @@ class Trainer:
     def count_episodes(self, batch: puffer_core.Batch, acted: np.ndarray) -> None:
         """Keep statistics of episodes that have ended: of whole games from infos, of a team's agents from rewards."""
         self.team_sums[:, self.rows] += np.where(acted, (batch.rewards, acted), 0)  # others' rewards may be NaN
-        infos = {} if self.is_team else batch.infos.get("final_info", {})
-        ended = acted & (batch.terminations | batch.truncations) if self.is_team else infos.get("_episode", False)
+        infos, ended = {} if self.is_team else batch.infos.get("final_info", {}), batch.terminations | batch.truncations
+        ended = ended & (self.team_sums[1, self.rows] > 0) if self.is_team else infos.get("_episode", False)
         for at in np.flatnonzero(ended):
             told = {str(key): float(sums[at]) for key, sums in infos.get("episode", {}).items() if str(key)[:1] != "_"}
             self.episode = told or dict(zip("rl", self.team_sums[:, self.rows[at]].tolist()))
@@ -471,13 +471,13 @@ class Trainer:
         torch.set_num_threads(min(most, max(1, len(self.rows) // 16)))  # idle ones would spin on the workers' cores
         with self.clock("inference"):
             actions = self.policy.for_envs(self.decide())
+        torch.set_num_threads(most)
         experience.valid[experience.place(self.rows)] = self.alive
         experience.begun[self.rows] += 1
         with self.clock("env wait"):  # Serial steps here
             self.envs.send(actions)
         self.global_step += len(self.rows) * WORLD_SIZE
         self.receive()
-        torch.set_num_threads(most)
 
     def prepare(self) -> torch.Tensor:
         """Take the complete segments and work out their advantages and returns; returns where they lie."""
@@ -661,13 +661,13 @@ def evaluate(args: Args) -> None:
     trainer, frames = Trainer(dataclasses.replace(args, num_envs=1, vec="serial", env_batch_size=0, compile=False)), []
     with trainer.envs as envs, contextlib.suppress(KeyboardInterrupt):  # what has been played until then counts
         restore(trainer, load(args.resume)), trainer.start()
-        trainer.returns, trouble = deque(), "" if envs.render_mode in ("rgb_array", "ansi") else "no such render_mode"
+        trainer.returns, fault = deque(), "" if envs.render_mode in ("rgb_array", "ansi") else "no such render_mode"
         while len(trainer.returns) < args.eval_episodes * envs.num_agents:
-            if not trouble and len(trainer.returns) < envs.num_agents and len(frames) * np.size(frames[:1]) < 2**31:
-                try:  # until 2 GiB, as some episodes never end
+            if not fault and len(trainer.returns) < envs.num_agents and len(frames) * np.array(frames[:1]).nbytes < 2e9:
+                try:  # until 2 GB, as some episodes never end
                     frames.append(np.array(envs.render()[0]))
                 except Exception as error:  # there may be no display, and some crash if they are asked again
-                    trouble = repr(error)
+                    fault = repr(error)
             trainer.act()
     returns, path = np.array(trainer.returns), Path(args.resume).with_name("eval.mp4")
     print(f"{len(returns)} episodes: return {returns.mean():.4g} +- {returns.std():.4g}", flush=True)
@@ -679,7 +679,7 @@ def evaluate(args: Args) -> None:
         path, lines = path.with_suffix(".cast"), [{"version": 2, "width": 80, "height": 24}]
         lines += [[at / 5, "o", "\033[H\033[2J" + str(frame).replace("\n", "\r\n")] for at, frame in enumerate(frames)]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    print(f"Recorded {path}" if frames else f"{args.env_id} cannot draw itself, so nothing was recorded: {trouble}")
+    print(f"Recorded {path}" if frames else f"{args.env_id} cannot draw itself, so nothing was recorded: {fault}")
 
 
 def sweep(args: Args, chosen: list[str]) -> None:
@@ -728,7 +728,7 @@ def autotune(args: Args, chosen: list[str]) -> None:
                 start, first = time.perf_counter(), trainer.global_step
                 while time.perf_counter() - start < seconds:
                     trainer.act()
-        results.append(((trainer.global_step - first) / (time.perf_counter() - start), way))
+            results.append(((trainer.global_step - first) / (time.perf_counter() - start), way))
         print("{:10,.0f} steps/s with {}".format(*results[-1]), flush=True)
     rest = re.sub(r"--(mode|vec|num.(env|worker)s|env.batch.size)[ =]\S+|--(no.)?zero.copy", "", " ".join(sys.argv[1:]))
     print(f"Fastest of {len(results)} (of {len(ways)}): python demo.py", *rest.split(), max(results)[1])
@@ -741,8 +741,8 @@ def main() -> None:
     args = tyro.cli(Args, default=dataclasses.replace(load(args.resume)["args"], quiet=False)) if args.resume else args
     chosen = prepare(args)
     distributed.init_process_group() if WORLD_SIZE > 1 else None
-    modes = {"train": train, "eval": evaluate, "sweep": partial(sweep, chosen=chosen)}
-    modes.get(args.mode, partial(autotune, chosen=chosen))(args)
+    searches = {"sweep": partial(sweep, chosen=chosen), "autotune": partial(autotune, chosen=chosen)}
+    ({"train": train, "eval": evaluate} | searches)[args.mode](args)
     WORLD_SIZE == 1 or (gc.collect(), distributed.destroy_process_group())  # or its threads may abort Python's end
 
 

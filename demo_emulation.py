@@ -89,7 +89,7 @@ if __name__ == "__main__":
     headline("2. The emulated environment")
     emulated = GymnasiumPufferEnv(env)
     row, info = emulated.reset()
-    console.print("One wrapper, and an observation is one row, as it is in Atari:\n")
+    console.print("One wrapper, and an observation is one array, as it is in Atari:\n")
     console.print(f"  observation_space  {emulated.observation_space}")
     console.print(f"  action_space       {emulated.action_space}")
     console.print(f"  row                {row}")

@@ -39,8 +39,8 @@ from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 # A worker's flag is one byte in shared memory: the parent writes a request, the worker overwrites it with a status, and
 # who has no turn only reads, so no lock is needed. MESSAGE and COMMAND: more comes through the pipe. The order is rows,
 # flag, then a ring of a bell (a semaphore); who sees the flag takes a ring, and only then reads. On x86 the flag would
-# do, but a weakly ordered CPU (ARM, POWER) needs the bell's release and acquire; where the parent takes the ring of
-# another worker that replies at once, that this one's is nanoseconds behind has to do.
+# do, but a weakly ordered CPU (ARM, POWER) needs the bell's release and acquire. As workers share the parent's, it may
+# take another worker's ring; that this worker's own is nanoseconds behind has to do.
 DONE, MESSAGE, STEP, COMMAND = range(4)
 SPIN_SECONDS = 1e-3  # who waits yields for so long and then blocks, or blocks at once if the last wait took longer
 BLOCK_SECONDS = 0.1  # a blocked process looks around this often even if nobody wakes it
@@ -88,14 +88,14 @@ def _plan(space: spaces.Space, path: str) -> tuple[np.dtype, list[Leaf], Callabl
     def build(values: Any) -> dict | tuple:
         children = [build(values) for build in builders]
         return dict(zip(keys, children)) if is_dict else tuple(children)
-    return struct, leaves, read, build  # the latter from a sample to its leaves' values, and back from an iterator
+    return struct, leaves, read, build  # read: from a sample to its leaves' values; build: from an iterator of them
 
 
 def _cast(leaf: Leaf, value: Any) -> np.ndarray:
     array = np.asarray(value, order="C")  # which is the value itself, if it can be
     if array.shape == leaf.shape and array.dtype.kind in "biuf":
         cast = array if array.dtype == leaf.bounds.dtype else array.astype(leaf.dtype)
-        if cast is array or cast.dtype.kind == "f" or np.array_equal(cast, array):  # integers stay what they are
+        if cast is array or cast.dtype.kind == "f" or np.array_equal(cast, array):  # an integer leaf takes no others
             return cast
     raise ValueError(f"{leaf.path}: need {leaf.shape} {leaf.dtype}, got {array.shape} {array.dtype} {value!r:.60}")
 
@@ -180,16 +180,16 @@ class ActionLayout(gymnasium.utils.EzPickle):
     def __init__(self, space: spaces.Space):
         super().__init__(space)
         self.space, (_, self._leaves, _, self._build) = space, _plan(space, "action")
-        is_box = {leaf.path: isinstance(leaf.space, spaces.Box) for leaf in self._leaves}
-        if len(set(is_box.values())) > 1:
-            raise TypeError(f"Box leaves (True) and others cannot be mixed in one flat action: {is_box}")
+        are_boxes = {leaf.path: isinstance(leaf.space, spaces.Box) for leaf in self._leaves}
+        if len(set(are_boxes.values())) > 1:
+            raise TypeError(f"Box leaves (True) and others cannot be mixed in one flat action: {are_boxes}")
         self._bounds = low, high = np.concatenate([leaf.bounds for leaf in self._leaves], axis=1)
         self._ends, self._start = np.cumsum([leaf.bounds.shape[1] for leaf in self._leaves])[:-1], 0
         numbers = range(space.start, space.start + space.n) if isinstance(space, spaces.Discrete) else ()
         self.valid = {number: space.dtype.type(number) for number in numbers[: 2**12]}  # as `sample` has them
         if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.Box)):
             self.flat_space = space
-        elif all(is_box.values()):
+        elif all(are_boxes.values()):
             self.flat_space = spaces.Box(low.astype(np.float32), high.astype(np.float32))
         else:
             self._start, self.flat_space = low, spaces.MultiDiscrete(high.astype(np.int64) - low.astype(np.int64) + 1)
@@ -320,9 +320,9 @@ class Batch(namedtuple("Batch", "observations rewards terminations truncations i
 
 
 def _map_rows(path: str, num_rows: int, env: Any, own: slice = slice(None)) -> SimpleNamespace:
-    seen, done = env.single_observation_space, env.single_action_space  # an agent has a row, a field lies in one piece
-    fields = [("observations", seen.dtype, seen.shape), ("actions", done.dtype, done.shape), ("rewards", float, ())]
-    fields += [(name, bool, ()) for name in ("terminations", "truncations", "masks")]
+    observation, action = env.single_observation_space, env.single_action_space  # an agent has a row
+    fields = [("observations", observation.dtype, observation.shape), ("actions", action.dtype, action.shape)]
+    fields += [("rewards", float, ()), *[(name, bool, ()) for name in ("terminations", "truncations", "masks")]]
     struct = np.dtype([(name, dtype, (num_rows, *shape)) for name, dtype, shape in fields], align=True)
     memory = np.asarray(np.memmap(path, struct, "r+", shape=1))  # which makes the file large enough
     return SimpleNamespace(**{name: memory[name][0, own] for name in struct.names})
@@ -407,7 +407,7 @@ class _Shard:
 
 
 class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
-    """Steps environments in turn in this process; arguments as in `Multiprocessing`, but errors come as they are."""
+    """Steps environments in turn in this process; the arguments mean what `Multiprocessing`'s do, errors are raw."""
 
     def __init__(self, env_fns: Sequence[Callable], zero_copy: bool = True, infos: str = "final"):
         self._divide(env_fns, 1, None, zero_copy)
@@ -499,7 +499,7 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
         if not self.zero_copy:
             self._workers, said = [sum(parts, []) for parts in zip(*[(group[0], said) for group, said in ready])]
             fields = [np.concatenate(parts) for parts in zip(*[group[2] for group, _ in ready])]
-            self._where = fields[4]
+            self._where = fields[4]  # agent_ids
         infos, (*arrays, agent_ids, masks) = {}, fields
         for position, pairs in enumerate(said):
             for row, info in pairs:
@@ -557,12 +557,12 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
 def _worker(env_fns: CloudpickleWrapper, line: SimpleNamespace, is_main: bool) -> None:
     libc, waited, flag = ctypes.CDLL(None), 0.0, memoryview(line.flag).cast("B")
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    if hasattr(libc, "prctl"):  # Linux; that thread ends who hangs, but not where C code holds the GIL
+    if hasattr(libc, "prctl"):  # Linux; that thread ends a worker that hangs, unless C code holds the GIL
         libc.prctl(1, signal.SIGKILL * is_main)  # PR_SET_PDEATHSIG: when the thread that started this worker ends
         libc.sched_setscheduler(0, os.SCHED_BATCH, ctypes.byref(ctypes.c_int()))  # wakes without preempting its waker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes its workers
     signal.signal(signal.SIGTERM, lambda *_: None)  # so is this; SIG_IGN would pass to programs that environments run
-    # To forks this would, and who has an end of the pipe would keep the parent from seeing that this process has died.
+    # Forks would inherit this, and one that holds an end of the pipe would keep the parent from seeing this one die.
     os.register_at_fork(after_in_child=lambda: (signal.signal(signal.SIGTERM, signal.SIG_DFL), line.pipe.close()))
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
     for name, limit in ("torch", "set_num_threads"), ("cv2", "setNumThreads"), ("threadpoolctl", "threadpool_limits"):

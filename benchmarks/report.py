@@ -197,9 +197,10 @@ def speed(folder: Path = RESULTS) -> str:
             rows.append([result["title"], name, ours["mode"], of_limit, *texts])
     hardware, version = result["hardware"], result["libraries"]["pufferlib-core"]
     cores = hardware["cores"]
-    text = f"""In parentheses: ours divided by theirs, bold below 1; ~ marks a draw: fewer than nine in ten
-pairs of turns, one of ours and one of theirs, agree on who is ahead. Every cell is a library's fastest mode
-at its best settings, where BENCHMARKS.md compares mode with mode. Environments of "100 us" compute that long
+    text = f"""Rows are those of the most environments that were measured, and those where ours is behind. In
+parentheses: ours divided by theirs, bold below 1; ~ is uncertain: fewer than nine in ten pairs of turns, one
+of ours and one of theirs, agree on who is ahead. Every cell is a library's fastest mode at its best settings,
+where BENCHMARKS.md compares mode with mode. Environments of "100 us" compute that long
 a step; with a spread of 100 %, times are exponentially distributed; with slow resets, a step in 100 ends the
 episode, and the reset takes as long as 100 steps. Of ours, `Serial` steps in this process and "sync" in
 workers, all together; "first-ready" returns the half that is ready first, as blocks of neighbors or,

@@ -608,6 +608,16 @@ class Unpaid(FloatTeam):
         return observations, dict.fromkeys(self.possible_agents, np.nan) | rewards, *rest
 
 
+class Away(FloatTeam):
+    """The second agent is paid for its first action, sees nothing then, and is back when the team is cut off."""
+
+    def __init__(self):
+        Team.__init__(self, (("++", "++", "XX"),))
+
+    def _observe(self, present):
+        return super()._observe([one for one in present if (one[0], self.time) != (1, 1)])
+
+
 class Repeater(FloatTeam):
     """The first agent dies at the first step, and is told so at each step that follows."""
 

@@ -444,7 +444,7 @@ def test_categories_may_start_anywhere_and_absent_rows_be_zero(space):
     (spaces.MultiBinary((2, 2)), 4), (spaces.Box(0, 1, (3,)), 3),
 ], ids=str)  # fmt: skip
 def test_categories_are_read_one_hot_and_other_numbers_as_they_are(space, count):
-    reader = demo.Leaf(space, width=8)
+    reader = demo.LeafNet(space, width=8)
     reader(torch.as_tensor(space.sample())[None])
     assert reader.network[1].in_features == count
 
@@ -493,8 +493,8 @@ def test_an_env_is_made_to_draw_itself_as_it_can(env_id, mode):
 def test_a_recording_does_not_take_all_memory(tmp_path, monkeypatch, capsys):
     with trainer_of("CartPole-v1") as trainer:
         demo.save(trainer, tmp_path / "checkpoint.pt")
-    with_large_arrays = types.SimpleNamespace(**vars(np))
-    with_large_arrays.size = lambda frames: 2**28 * len(frames)
+    large = type("Large", (np.ndarray,), {"nbytes": 2**28})
+    with_large_arrays = types.SimpleNamespace(**vars(np) | {"array": lambda values: np.array(values).view(large)})
     monkeypatch.setattr(demo, "np", with_large_arrays)
     ways = {"mode": "eval", "resume": str(tmp_path / "checkpoint.pt"), "eval_episodes": 1}
     demo.evaluate(dataclasses.replace(trainer.args, **ways))
@@ -883,6 +883,13 @@ def test_returns_of_agents_are_summed_whatever_the_absent_earn(name):
     assert list(trainer.returns)[:4] == [21.0, 50.0, 24.0, 67.0]
 
 
+def test_an_agent_that_is_away_at_its_last_step_takes_nothing_into_the_next_episode():
+    with trainer_of("envs:Away", num_envs=1) as trainer:
+        while trainer.num_episodes < 6:
+            trainer.act()
+    assert list(trainer.returns)[:6] == [23.0, 21.0] * 3  # of the second what it earned for its actions
+
+
 def test_the_step_of_dying_counts_without_a_last_observation_too():
     with trainer_of("envs:Silent", num_envs=1) as trainer:
         lengths, count_episodes = [], trainer.count_episodes
@@ -979,7 +986,7 @@ def test_a_wrong_pool_is_told_in_a_line_before_any_process_starts(flags, expecte
     demo.prepare(args)
     with pytest.raises(SystemExit) as end:
         demo.Trainer(args)
-    assert str(end.value).startswith(f"--num-workers, --env-batch-size: {expected}") and "\n" not in str(end.value)
+    assert str(end.value) == f"environments, --num-workers or --env-batch-size: {expected}"
     assert not multiprocessing.active_children()
 
 

@@ -1056,7 +1056,8 @@ def test_an_argument_that_workers_cannot_unpickle_is_told():
 def test_a_result_that_cannot_be_unpickled_closes_all():
     """As half of what the worker said is lost, the next call would wait for the rest."""
     for mark, error, match in ((Unloadable(), ValueError, "no number"), (Missing(), FileNotFoundError, "no such file")):
-        with Multiprocessing([functools.partial(Marked, mark), Counter], num_workers=2, context="fork") as envs:
+        env_fns = [functools.partial(Marked, mark), functools.partial(Marked, 1)]
+        with Multiprocessing(env_fns, num_workers=2, context="fork") as envs:
             envs.reset(seed=1)
             with pytest.raises(error, match=match):
                 envs.get_attr("mark")
