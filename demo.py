@@ -471,13 +471,13 @@ class Trainer:
         torch.set_num_threads(min(most, max(1, len(self.rows) // 16)))  # idle ones would spin on the workers' cores
         with self.clock("inference"):
             actions = self.policy.for_envs(self.decide())
-        torch.set_num_threads(most)
         experience.valid[experience.place(self.rows)] = self.alive
         experience.begun[self.rows] += 1
         with self.clock("env wait"):  # Serial steps here
             self.envs.send(actions)
         self.global_step += len(self.rows) * WORLD_SIZE
         self.receive()
+        torch.set_num_threads(most)
 
     def prepare(self) -> torch.Tensor:
         """Take the complete segments and work out their advantages and returns; returns where they lie."""
