@@ -1393,6 +1393,25 @@ def test_a_hopeless_trial_is_pruned(tmp_path, monkeypatch):
     assert [[*trial.intermediate_values] for trial in (others[0], last)] == [[1, 2, 3, 4], [1, 2]]
 
 
+def test_autotune_counts_no_time_but_that_of_steps(capsys, monkeypatch):
+    now = [0.0]
+
+    def act(trainer):
+        now[0], trainer.global_step = now[0] + 0.125, trainer.global_step + 1
+
+    def close(envs):
+        now[0] += 100
+        gymnasium.vector.VectorEnv.close(envs)
+
+    monkeypatch.setattr(demo.Trainer, "act", act)
+    monkeypatch.setattr(demo, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(puffer_core.Serial, "close", close)
+    monkeypatch.setattr(sys, "argv", flags := ["demo.py", *"--env-id CartPole-v1 --no-cuda --num-envs 1".split()])
+    args = tyro.cli(demo.Args, args=flags[1:])
+    demo.autotune(args, demo.prepare(args))
+    assert "         8 steps/s with --vec serial" in capsys.readouterr().out
+
+
 def test_autotune_measures_and_names_a_command(capsys, monkeypatch, one_core):
     """On one core, where the workers of a pool that waits for half of its environments are two all the same."""
     own = "--env-id CartPole-v1 --no-cuda --quiet"
