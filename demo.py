@@ -650,7 +650,7 @@ def train(args: Args, report: Callable[[Trainer], None] = lambda trainer: None) 
                     save(trainer, path)
                 dashboard.log(is_over)
             report(trainer)
-    RANK or args.quiet or print(f"Saved {path}: --resume goes on with it, --mode eval --resume plays it")
+    RANK or args.quiet or print(f"Saved {path}, {trainer.learned} steps; --resume goes on, --mode eval --resume plays")
     if trainer.stopping:
         raise SystemExit(130)
     return float(np.mean(trainer.returns)) if trainer.returns else np.nan

@@ -11,8 +11,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -22,7 +24,7 @@ from running import heed_ctrl_c
 
 import puffer_core
 from puffer_core import APIUsageError, Multiprocessing, Serial, WorkerError
-from tests.envs import Counter, Crashing, Leaving, Marker, NoOp, SlowToClose, Stubborn, Threads
+from tests.envs import Counter, Crashing, Leaving, Marker, Napping, NoOp, SlowToClose, Stubborn, Threads
 
 ROOT = Path(puffer_core.__file__).parent
 pytestmark = [
@@ -140,6 +142,12 @@ def test_a_failure_names_env_worker_phase_and_cause(where, how):
     check(*fail(env_fns, where, num_workers=2), where, how, env_index=3, worker=1)
 
 
+@pytest.mark.parametrize("where", ["constructor", "reset", "step"])
+def test_a_failure_names_an_env_that_is_not_its_workers_last(where):
+    env_fns = [patient, functools.partial(Crashing, where, after=4 * (where == "step")), patient]
+    check(*fail(env_fns, where, num_workers=1), where, "raise", env_index=1, worker=0)
+
+
 @pytest.mark.parametrize("context", ["forkserver", "spawn"])
 @pytest.mark.parametrize("where, how", [("step", "raise"), ("constructor", "kill")])
 def test_failures_are_told_under_every_start_method(context, where, how):
@@ -176,6 +184,15 @@ def test_a_worker_that_is_killed_between_two_calls_is_missed_at_the_next():
                 for _ in range(3):
                     envs.step(np.zeros(4, int))
             assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize("call", ["reset", "call"])
+def test_a_worker_that_is_killed_between_two_calls_is_missed_by_messages_too(call):
+    with Multiprocessing([patient] * 4, num_workers=2) as envs:
+        envs.reset()
+        envs._lines[1].process.kill(), envs._lines[1].process.join()
+        with pytest.raises(WorkerError, match="worker 1.*SIGKILL"):
+            envs.reset() if call == "reset" else envs.call("pid")
 
 
 def test_a_worker_that_is_killed_within_a_message_is_told():
@@ -312,6 +329,16 @@ def test_after_ctrl_c_before_a_worker_is_rung_it_closes():
     assert envs.closed and line.process.exitcode == 0  # it was not killed, though its flag was set without a ring
 
 
+def test_after_a_send_that_is_interrupted_halfway_a_reset_waits_for_all():
+    with Multiprocessing([Napping] * 2, num_workers=2) as envs:
+        envs.reset(seed=[0, 0])
+        request = envs._request
+        with mock.patch.object(envs, "_request", side_effect=[request(0, "step"), KeyboardInterrupt]):
+            with pytest.raises(KeyboardInterrupt):
+                envs.send(np.zeros(2, int))
+        assert envs.reset(seed=[0, 3])[0][:, 0].tolist() == [0, 3]  # the second takes 0.3 s
+
+
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_ctrl_c_within_the_constructor_leaves_no_worker(context):
     process = multiprocessing.get_context(context).Process
@@ -328,6 +355,47 @@ def test_ctrl_c_within_the_constructor_leaves_no_worker(context):
             pass  # with which the last reference to what was begun goes
     gc.collect()
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.1])
+def test_a_worker_that_ctrl_c_hides_amid_its_fork_ends_and_disturbs_no_other(delay, monkeypatch):
+    fork, hidden = os.fork, []
+
+    def interrupted_fork():
+        if (pid := fork()) == 0:
+            time.sleep(delay)  # as on a busy machine
+            return 0
+        monkeypatch.undo(), hidden.append(pid)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fork", interrupted_fork)
+    try:
+        Multiprocessing([patient] * 2, num_workers=2, context="fork")
+    except KeyboardInterrupt:
+        pass  # with which the last reference to what was begun goes
+    gc.collect()
+    with Multiprocessing([patient] * 2, num_workers=2, context="fork") as envs:  # has its semaphores and flags
+        envs.reset(seed=1)
+        deadline, steps = time.perf_counter() + 2 * delay + 0.5, 0
+        while time.perf_counter() < deadline:
+            steps += 1
+            assert envs.step(np.zeros(2, int))[0][:, 2].tolist() == [steps % 1000] * 2
+    assert await_end(hidden, 5) == []
+    os.waitpid(hidden[0], 0)
+
+
+def test_an_error_keeps_no_memory():
+    """Not even until the garbage collector comes, as rows may be large."""
+    gc.disable()
+    try:
+        with pytest.raises(WorkerError), Multiprocessing([functools.partial(Crashing, "step")] * 2, 2) as envs:
+            envs.reset()
+            envs.step(np.zeros(2, int))
+        rows = weakref.ref(envs)
+        del envs
+        assert rows() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("call", ["reset", "call"])
@@ -554,6 +622,28 @@ def test_workers_die_with_a_parent_that_is_killed(tmp_path):
         script.communicate(timeout=10)
     assert not any(alive.values()), alive
     assert not [file for files in named.values() for file in files if file.exists()]
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_outlive_the_thread_that_started_them(context):
+    made = []
+    thread = threading.Thread(target=lambda: made.append(Multiprocessing([patient] * 2, 2, context=context)))
+    thread.start(), thread.join()
+    with made[0] as envs:
+        time.sleep(0.1)  # in which the kernel may tell them
+        assert envs.reset(seed=1)[0][:, 0].tolist() == [1, 2]
+
+
+def test_a_fork_of_the_parent_cannot_close_its_workers():
+    with Multiprocessing([patient] * 2, num_workers=2) as envs:
+        envs.reset(seed=1)
+        if (fork := os.fork()) == 0:
+            with contextlib.suppress(BaseException):
+                envs.close(timeout=0)
+            os._exit(0)
+        os.waitpid(fork, 0)
+        for step in (1, 2):
+            assert envs.step(np.zeros(2, int))[0][:, [0, 2]].tolist() == [[1, step], [2, step]]
 
 
 @pytest.mark.parametrize("setup, context", [(COUNTERS, "fork"), (hanging("hang"), "fork"), (COUNTERS, "spawn")])
