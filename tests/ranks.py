@@ -33,6 +33,10 @@ def weights_of(trainer: demo.Trainer) -> torch.Tensor:
 def equal_weights(directory: Path) -> None:
     """Ranks that play for themselves see other things, and have the same weights after every update."""
     trainer = make_trainer(NUM_ENVS // 2, num_minibatches=4)
+    for part in (trainer.observations.flatten(), torch.rand(8)):
+        gathered = [torch.empty_like(part) for _ in range(2)]
+        distributed.all_gather(gathered, part)
+        assert not torch.equal(*gathered)  # ranks have other environments, and draw other actions
     for _ in range(UPDATES):
         trainer.collect()
         trainer.update()

@@ -5,6 +5,7 @@ import functools
 import inspect
 import pickle
 import types
+from time import perf_counter
 
 import gymnasium
 import numpy as np
@@ -225,6 +226,20 @@ def test_what_is_no_parallel_env_is_refused():
             PettingZooPufferEnv(env)
 
 
+class Paid(Team):
+    """Is paid in arrays of one element, as some environments do it."""
+
+    def step(self, actions):
+        observations, rewards, *rest = super().step(actions)
+        return observations, {agent: np.array([reward]) for agent, reward in rewards.items()}, *rest
+
+
+def test_teams_may_be_paid_in_arrays():
+    env = PettingZooPufferEnv(Paid())
+    env.reset()
+    assert [env.step(np.ones(3, int))[1].tolist() for _ in range(2)] == [[11, 21, 0], [12, 0, 32]]
+
+
 def test_a_copy_of_a_team_goes_its_own_way():
     env = PettingZooPufferEnv(Team([("+++", "+T.", "+.+", "X" * 3)]))
     before, _ = env.reset(seed=1)
@@ -358,3 +373,25 @@ def test_actions_that_are_no_integers_are_refused_where_integers_are_due():
     env.reset()
     with pytest.raises(ValueError, match="expected an action in MultiDiscrete"):
         env.step([0.0, 1.0, 0.7, 1.0, 2.0])
+
+
+class Calling(Counter):
+    """Has infos of its own under the names of the statistics."""
+
+    def step(self, action):
+        return *super().step(action)[:4], {"r": 7, "l": 7, "t": 1e9}
+
+
+def test_statistics_are_not_what_an_env_calls_so():
+    env = EpisodeStats(Calling(length=2))
+    env.reset(), env.step(0)
+    episode = env.step(0)[4]["episode"]
+    assert (episode["r"], episode["l"]) == (3.0, 2) and episode["t"] < 60
+
+
+def test_seconds_are_those_of_one_episode():
+    env = EpisodeStats(Counter(1, delay=0.1))
+    for _ in range(2):
+        start = perf_counter()
+        env.reset()
+        assert 0.1 <= env.step(0)[4]["episode"]["t"] <= perf_counter() - start

@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import time
 
 import cv2
 import gymnasium as gym
@@ -412,6 +413,41 @@ def test_accepted_around_the_emulator():
         TimeLimit(gym.make(BREAKOUT), 1000),
     ):
         assert AtariWrapper(env).reset()[0].shape == (4, 84, 84)
+
+
+# ---- statistics ----
+
+
+class Paying:
+    """An emulator that pays for every frame, also for those of the no-op start."""
+
+    def __init__(self, ale):
+        self.ale = ale
+
+    def __getattr__(self, name):
+        return getattr(self.ale, name)
+
+    def act(self, action):
+        before = self.ale.getEpisodeFrameNumber()
+        return self.ale.act(action) + self.ale.getEpisodeFrameNumber() - before
+
+
+def test_the_score_counts_the_start_of_its_game_and_no_other():
+    env = AtariWrapper(gym.make(BREAKOUT, max_num_frames_per_episode=12))
+    env.unwrapped.ale = Paying(env.unwrapped.ale)
+    for seed in range(8):
+        env.reset(seed=seed)
+        *_, info, _ = play_until_end(env)
+        assert info["episode"]["r"] == env.unwrapped.ale.getEpisodeFrameNumber() == 12
+
+
+def test_seconds_are_those_of_one_game():
+    env = AtariWrapper(gym.make(BREAKOUT, max_num_frames_per_episode=60))
+    for _ in range(2):
+        start = time.perf_counter()
+        env.reset()
+        *_, info, _ = play_until_end(env)
+        assert 0 < info["episode"]["t"] <= time.perf_counter() - start
 
 
 # ---- video ----

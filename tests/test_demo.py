@@ -34,7 +34,7 @@ from torch import nn
 import demo
 import puffer_core
 import vanilla_ppo_atari
-from tests.envs import Blind, Counter, Written
+from tests.envs import MINIHACK_SPACE, Blind, Counter, Written
 
 torch.set_num_threads(1)
 
@@ -108,6 +108,16 @@ def test_a_quick_row_neither_waits_nor_counts_twice():
         assert (held <= trainer.experience.num_slots).all()
 
 
+def test_an_update_waits_for_all_rows_while_there_is_place():
+    pool = {"vec": "multiprocessing", "num_workers": 2, "env_batch_size": 1, "num_steps": 4}
+    with trainer_of("envs:OneSlow", num_envs=2, **pool) as trainer:
+        for _ in range(4):
+            trainer.collect()
+            held = trainer.experience.complete - trainer.experience.consumed
+            assert held.min() >= 4 or held.max() == trainer.experience.num_slots
+            trainer.prepare()
+
+
 def test_a_first_ready_run_ends_when_it_has_learned_from_all_its_steps():
     """An update may take the quick rows only: it counts for what it took, in the schedule too."""
     pool = {"vec": "multiprocessing", "num_envs": 4, "num_workers": 4, "env_batch_size": 1, "num_steps": 4}
@@ -121,6 +131,14 @@ def test_a_first_ready_run_ends_when_it_has_learned_from_all_its_steps():
         assert 8 * 16 <= consumed.sum() == trainer.learned < 8 * 16 + 16 and trainer.global_step >= 8 * 16
         assert trainer.iteration == len(rates) > 8
         assert rates == [(done, pytest.approx(trainer.args.learning_rate * (1 - done / 128))) for done, _ in rates]
+
+
+def test_a_run_is_as_many_whole_updates_as_fit():
+    with trainer_of("CartPole-v1", total_timesteps=3 * 32 - 1) as trainer:
+        while not trainer.is_over():
+            trainer.collect()
+            trainer.update()
+        assert trainer.global_step == trainer.learned == 2 * 32
 
 
 def test_truncation_bootstraps_from_the_last_observation_and_termination_from_nothing():
@@ -152,6 +170,17 @@ def test_truncation_bootstraps_from_the_last_observation_and_termination_from_no
                     advantage = delta + 0.9 * 0.8 * advantage * (not ended[row, step])
                     assert float(experience.advantages[index[row, step]]) == pytest.approx(advantage, abs=1e-4)
         assert len(kinds) == 3
+
+
+def test_the_value_of_a_last_observation_is_that_of_the_episodes_memory():
+    with trainer_of("envs:Uneven", num_envs=1, use_lstm=True, bptt_horizon=1) as trainer, torch.no_grad():
+        for _ in range(3 + 5):  # steps of an episode that terminates, and of one that is cut short
+            trainer.act()
+        experience, last = trainer.experience, trainer.experience.place(trainer.rows, back=1)
+        assert experience.ended[last] and not experience.terminated[last]
+        observation = torch.tensor([[[trainer.args.seed, 1, 5, float(experience.actions[last])]]])
+        value = trainer.policy(observation, trainer.state, torch.zeros(1, 1, dtype=torch.bool))[3][0]
+        torch.testing.assert_close(experience.next_values[last], value)
 
 
 def test_a_memory_outlives_the_end_of_an_agent_that_is_cut_short():
@@ -189,6 +218,31 @@ def test_advantages_are_those_of_each_agents_own_time_line():
             carried = 0.0 if ended[row, step] else advantage
             advantage = rewards[row, step] + 0.97 * next_value - values[row, step] + 0.97 * 0.9 * carried
             assert found[row, step] == pytest.approx(float(advantage), abs=1e-5)
+
+
+@pytest.mark.parametrize("use_lstm", [False, True])
+def test_a_first_minibatch_finds_the_policy_that_acted(use_lstm):
+    """With the memories it had then, so that nothing has changed yet."""
+    with trainer_of("CartPole-v1", num_steps=16, use_lstm=use_lstm, bptt_horizon=4, clip_coef=1e-3) as trainer:
+        with torch.no_grad():
+            trainer.policy.actor.weight.mul_(100)
+        trainer.collect()
+        index = trainer.prepare().view(-1, trainer.experience.horizon)
+        _, value_loss, _, old_approx_kl, approx_kl, clipfrac, _ = trainer.learn(index).tolist()
+        assert value_loss == pytest.approx(0.5 * float(trainer.experience.advantages[index].square().mean()), rel=1e-4)
+        assert abs(old_approx_kl) < 1e-5 and abs(approx_kl) < 1e-5 and clipfrac == 0
+
+
+def test_an_update_leaves_no_step_out_that_counts():
+    """Also where an agent is absent for a part of a sequence."""
+    with trainer_of("envs:FloatTeam", num_steps=24, use_lstm=True, bptt_horizon=8, update_epochs=1) as trainer:
+        seen, learn = [], trainer.learn
+        trainer.learn = lambda index: (seen.append(index.flatten()), learn(index))[1]
+        trainer.collect()
+        trainer.update()
+    (trainable,) = trainer.experience.trainable.nonzero(as_tuple=True)
+    seen = torch.cat(seen).tolist()
+    assert len(seen) == len(set(seen)) and set(trainable.tolist()) <= set(seen)
 
 
 @pytest.mark.parametrize("use_lstm", [False, True])
@@ -247,11 +301,12 @@ def test_actions_are_drawn_from_the_policy():
     torch.testing.assert_close(entropies[0], sum(part.entropy() for part in expected))
     policy = demo.Policy(layout, spaces.Box(-1, 1, (5,)), args)
     policy.log_std.data = parameters.neg()
-    actions, logprobs, _ = policy.act(parameters.expand(100_000, 5), None)
+    actions, logprobs, entropies = policy.act(parameters.expand(100_000, 5), None)
     torch.testing.assert_close(actions.mean(0), parameters, rtol=0, atol=0.05)
     torch.testing.assert_close(actions.std(0), parameters.neg().exp(), rtol=0.02, atol=0)
     expected = torch.distributions.Normal(parameters, parameters.neg().exp())
     torch.testing.assert_close(logprobs, expected.log_prob(actions).sum(-1))
+    torch.testing.assert_close(entropies, expected.entropy().sum().expand(100_000))
     assert not actions.requires_grad
 
 
@@ -290,6 +345,15 @@ def test_recomputed_logprobs_equal_the_sampled_ones(env_id, use_lstm):
         kept = experience.trainable[index]
         torch.testing.assert_close(logprobs[kept], experience.logprobs[index][kept], rtol=0, atol=1e-5)
         torch.testing.assert_close(values[kept], experience.values[index][kept], rtol=0, atol=1e-4)
+
+
+def test_gradients_flow_back_through_the_memory_as_far_as_an_episode_goes():
+    args, layout = demo.Args(hidden_size=8, use_lstm=True), puffer_core.Layout(spaces.Box(-1, 1, (3,)))
+    policy = demo.Policy(layout, spaces.Discrete(2), args)
+    starts = torch.tensor([[False] * 4, [False, False, True, False]])
+    rows = torch.rand(2, 4, 3, requires_grad=True)
+    policy(rows, torch.zeros(2, 16), starts)[3][:, 3].sum().backward()
+    assert (rows.grad != 0).any(-1).tolist() == [[True] * 4, [False, False, True, True]]
 
 
 def learned(tmp_path, monkeypatch, env_id, **arguments):
@@ -447,6 +511,28 @@ def test_categories_are_read_one_hot_and_other_numbers_as_they_are(space, count)
     reader = demo.LeafNet(space, width=8)
     reader(torch.as_tensor(space.sample())[None])
     assert reader.network[1].in_features == count
+
+
+BYTES = np.uint8, lambda x: x / 255
+
+
+@pytest.mark.parametrize("dtype, read", [BYTES, (np.int32, np.arcsinh), (np.float32, np.arcsinh)])
+def test_bytes_are_read_as_0_to_1_and_other_numbers_by_asinh(dtype, read):
+    reader, numbers = demo.LeafNet(spaces.Box(0, 255, (3,), dtype), width=8), np.array([[0, 5, 255]], dtype)
+    reader.network = nn.Flatten()
+    np.testing.assert_allclose(reader(torch.as_tensor(numbers)), read(numbers.astype(float)), rtol=1e-6)
+
+
+def test_of_nethack_all_is_read_that_is_kept():
+    space = spaces.Dict({key: MINIHACK_SPACE[key] for key in demo.NETHACK_KEYS})
+    space.seed(1)
+    layout, (one, other) = puffer_core.Layout(space), (space.sample(), space.sample())
+    torch.manual_seed(1)
+    policy = demo.Policy(layout, spaces.Discrete(2), demo.Args(hidden_size=64))
+    seen = [one, *[one | {key: other[key]} for key in demo.NETHACK_KEYS]]
+    rows = torch.as_tensor(np.stack([layout.flatten(part) for part in seen]))[:, None]
+    values = policy(rows, torch.zeros(4, 128), torch.zeros(4, 1, dtype=torch.bool))[3]
+    assert ((values[1:] - values[0]).abs() > 1e-4).all()
 
 
 def test_an_env_that_is_flat_already_keeps_its_structure():
@@ -630,8 +716,28 @@ def test_losses_are_as_flags_say(norm_adv, clip_vloss):
         for change in ((new - logprobs).exp() - 1, value - values):
             assert (change > 0.01).any() and (change < -0.01).any()  # so that clipping makes a difference
         losses = ppo_losses(new, logprobs, advantages, value, values, returns, 0.01, norm_adv, clip_vloss)
-        expected = torch.stack([*losses, entropy.mean(), (logprobs - new).mean()])
-        torch.testing.assert_close(trainer.learn(index)[:4], expected)
+        ratio, far = (new - logprobs).exp(), ((new - logprobs).exp() - 1).abs() > 0.01
+        divergences = (logprobs - new).mean(), (ratio - 1 + logprobs - new).mean(), far.float().mean()
+        expected = torch.stack([*losses, entropy.mean(), *divergences])
+        torch.testing.assert_close(trainer.learn(index)[:6], expected)
+
+
+@pytest.mark.parametrize("anneal_lr", [True, False])
+def test_the_learning_rate_is_lowered_only_if_asked_for(anneal_lr):
+    with trainer_of("CartPole-v1", total_timesteps=4 * 32, learning_rate=0.01, anneal_lr=anneal_lr) as trainer:
+        for left in (1.0, 0.75):
+            trainer.collect()
+            trainer.update()
+            assert float(trainer.rate) == pytest.approx(0.01 * (left if anneal_lr else 1.0))
+
+
+def test_explained_variance_is_the_part_of_returns_that_values_tell():
+    with trainer_of("CartPole-v1", num_steps=32) as trainer:
+        for _ in range(3):
+            trainer.collect()
+            trainer.update()
+        returns, values = trainer.experience.returns[:-1], trainer.experience.values[:-1]
+    assert trainer.losses["explained_variance"] == pytest.approx(float(1 - (returns - values).var() / returns.var()))
 
 
 def test_bfloat16_goes_the_way_of_float32():
@@ -691,6 +797,14 @@ def test_one_seed_gives_one_result_bit_for_bit():
     assert updated(3, num_steps=32, seed=2)[1] != losses
 
 
+def test_environments_that_draw_from_global_generators_are_seeded():
+    seen = []
+    for seed in (1, 1, 2):
+        with trainer_of("envs:GlobalRandom", seed=seed) as trainer:
+            seen.append(trainer.observations.clone())
+    assert torch.equal(*seen[:2]) and not torch.equal(*seen[1:])
+
+
 def test_a_resumed_run_goes_on_with_its_schedule_counts_and_random_numbers(tmp_path):
     with trainer_of("CartPole-v1", total_timesteps=10 * 32) as trainer:
         for _ in range(4):
@@ -717,6 +831,25 @@ def test_a_resumed_run_goes_on_with_its_schedule_counts_and_random_numbers(tmp_p
             resumed.collect()
             resumed.update()
             assert resumed.optimizer.param_groups[0]["lr"] == rate
+
+
+def test_a_resumed_run_has_the_weights_and_plays_on_rather_than_anew(tmp_path):
+    with trainer_of("CartPole-v1") as trainer:
+        first = trainer.observations.clone()
+        for _ in range(4):
+            trainer.collect()
+            trainer.update()
+        demo.save(trainer, tmp_path / "checkpoint.pt")
+    with trainer_of("CartPole-v1") as resumed:
+        demo.restore(resumed, demo.load(str(tmp_path / "checkpoint.pt")))
+        assert torch.equal(flat_weights(resumed.policy), flat_weights(trainer.policy))
+        assert resumed.returns == trainer.returns and resumed.num_episodes == trainer.num_episodes > 0
+        resumed.start()
+        assert not torch.equal(resumed.observations, first)
+    with trainer_of("CartPole-v1", seed=7) as other:
+        generator = torch.get_rng_state()
+        demo.restore(other, demo.load(str(tmp_path / "checkpoint.pt")))
+        assert not torch.equal(torch.get_rng_state(), generator)
 
 
 @pytest.mark.parametrize("num_envs, num_steps", [(2, 8), (8, 8), (4, 16)])
@@ -875,6 +1008,14 @@ def test_as_many_episodes_are_played_as_asked_for(env_id, episodes, tmp_path, ca
     assert 0 <= played - episodes * num_agents < num_agents  # some may end in the same step
 
 
+def test_it_is_the_checkpoints_policy_that_is_played(tmp_path, capsys):
+    with trainer_of("envs:Counter") as trainer:
+        trainer.policy.actor.bias.data[4] = 1e3  # always action 4, which earns half a point more a step
+        demo.save(trainer, tmp_path / "checkpoint.pt")
+    demo.evaluate(dataclasses.replace(trainer.args, resume=str(tmp_path / "checkpoint.pt"), eval_episodes=3))
+    assert "3 episodes: return 7.5 +- 0\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["FloatTeam", "Unpaid"])
 def test_returns_of_agents_are_summed_whatever_the_absent_earn(name):
     with trainer_of(f"envs:{name}", num_envs=1) as trainer:
@@ -1006,6 +1147,17 @@ def test_a_checkpoint_that_cannot_be_used_is_told_in_a_line(tmp_path):
             with pytest.raises(SystemExit, match="expected one for .*, not Box") as end:
                 demo.restore(trainer, contents)
             assert "\n" not in str(end.value)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    torch.save({"args": {}, "learned": Harmful()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="expected a checkpoint"):
+        demo.load(str(tmp_path / "checkpoint.pt"))
+    assert not (tmp_path / "harm").exists()
 
 
 def test_a_run_that_is_over_is_not_gone_on_with(tmp_path, monkeypatch):
@@ -1336,6 +1488,24 @@ def test_a_sweep_that_was_killed_goes_on(tmp_path):
     assert demo.load(str(path))["args"].mode == "train"  # so that it can be gone on with
     picture = cv2.imread(str(next(tmp_path.glob("runs/sweep__*/history.png"))))
     assert picture.std() > 0
+
+
+def test_a_sweep_trains_with_what_it_draws_and_goes_on_only_with_the_same_flags(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = "--mode sweep --env-id tests.envs:Counter --vec serial --num-envs 1 --num-steps 16 --total-timesteps 16"
+    for more, count in (("--sweep-trials 1", 1), ("--sweep-trials 2", 2), ("--sweep-trials 1 --vf-coef 1", 1)):
+        args = tyro.cli(demo.Args, args=[*flags.split(), "--hidden-size", "8", "--no-cuda", *more.split()])
+        demo.sweep(args, demo.prepare(args))
+        assert f"Best of {count} trials" in capsys.readouterr().out
+    storage = f"sqlite:///{next(tmp_path.glob('runs/*/study.db'))}"
+    name = next(one.study_name for one in optuna.get_all_study_summaries(storage) if "'vf_coef': 0.5" in one.study_name)
+    trials = optuna.load_study(study_name=name, storage=storage).trials
+    assert len(trials) == 2 and trials[0].params != trials[1].params
+    trained = [demo.load(str(path)) for path in tmp_path.glob("runs/*__demo-*__*/checkpoint.pt")]
+    drawn = [{name: getattr(one["args"], name) for name in demo.SEARCH} for one in trained]
+    assert all(trial.params in drawn for trial in trials)
+    logs = {name for name, distribution in trials[0].distributions.items() if distribution.log}
+    assert logs == {"learning_rate", "ent_coef"}
 
 
 @pytest.fixture

@@ -43,7 +43,8 @@ def assert_same(got, expected):
 TASKS = {
     "MiniHack-River-v0": KEYS,
     "MiniHack-Eat-v0": KEYS,  # rewards from what the screen says
-    "MiniHack-Quest-Easy-v0": ("glyphs_crop", "chars_crop", "blstats", "pixel_crop"),
+    "MiniHack-Quest-Easy-v0": ("glyphs_crop", "chars_crop", "blstats"),
+    "MiniHack-Room-5x5-v0": ("glyphs", "pixel"),
     "MiniHack-Room-Monster-5x5-v0": (*KEYS, "screen_descriptions"),
     "MiniHack-River-MonsterLava-v0": (*KEYS, "screen_descriptions"),  # as describing them changes these games
     "MiniHack-KeyRoom-S5-v0": KEYS,  # whose `step` looks for words
@@ -71,6 +72,18 @@ def test_games_are_those_of_the_bare_environment(env_id):
             assert_same(ours.reset()[0], bare.reset()[0])
     assert ends >= 2 or env_id in LONGER
     ours.close(), bare.close()
+
+
+def test_options_reach_the_game():
+    class Asked(gymnasium.Wrapper):
+        def reset(self, *, seed=None, options=None):
+            self.asked = options
+            return self.env.reset()
+
+    env = make(lambda env: NetHackWrapper(Asked(env)), "MiniHack-River-v0")
+    env.reset(seed=1, options={"level": 3})
+    assert env.env.asked == {"level": 3}
+    env.close()
 
 
 @pytest.mark.parametrize(

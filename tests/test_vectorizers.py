@@ -46,6 +46,7 @@ from tests.envs import (
     Recycling,
     Silent,
     Team,
+    Written,
 )
 from tests.test_adapters import told
 
@@ -335,11 +336,12 @@ def test_infos_of_every_step_come_in_all_mode(backend):
 
 @backends
 def test_nothing_from_before_a_reset_comes_after_it(backend):
-    with backend([functools.partial(Counter, 1)] * 2) as envs:
+    with backend([functools.partial(Counter, 1, "both")] * 2) as envs:
         envs.async_reset(seed=0)
         for turn in range(30):
             batch = envs.recv()
-            assert batch.infos == {} and not batch.terminations.any() and not batch.rewards.any()
+            assert batch.infos == {} and not batch.rewards.any()
+            assert not batch.terminations.any() and not batch.truncations.any()
             assert batch.observations[:, [0, 2]].tolist() == [[turn, 0], [turn + 1, 0]]
             envs.send(np.zeros(2, int))  # every step ends an episode, with an info
             if turn % 3 == 1:
@@ -550,6 +552,18 @@ def test_the_same_seed_twice_gives_the_same_episodes(backend):
     with backend([Counter] * 2) as envs:
         runs = [[(step[0][0], *step[0][2:]) for step in trajectories(envs, 12, seed=3)[1]] for _ in range(2)]
     assert runs[0] == runs[1]  # but for the number of the episode
+
+
+def test_seeds_may_be_larger_than_numpys_global_generator_takes():
+    with Multiprocessing([Counter] * 2, num_workers=2) as envs:
+        assert envs.reset(seed=2**32)[0][:, 0].tolist() == [2**32, 2**32 + 1]
+
+
+def test_serials_copies_stay_as_they_were():
+    with Serial([Counter] * 2, zero_copy=False) as envs:
+        first, _ = envs.reset(seed=1)
+        envs.step([1, 2])
+        assert first[:, 2].tolist() == [0, 0]
 
 
 def test_global_generators_repeat_with_the_seed_and_differ_between_workers():
@@ -893,16 +907,18 @@ def test_envs_that_are_not_alike_are_refused(backend):
 
 
 class Numbers(NoOp):
-    """Observes integers of some dtype, which a MultiDiscrete's `repr` does not tell."""
+    """Observes and takes integers of some dtype, which a MultiDiscrete's `repr` does not tell."""
 
-    def __init__(self, dtype):
-        self.observation_space = spaces.MultiDiscrete([9, 9], dtype=dtype)
+    def __init__(self, observed, taken=np.int64):
+        self.observation_space = spaces.MultiDiscrete([9, 9], dtype=observed)
+        self.action_space = spaces.MultiDiscrete([9, 9], dtype=taken)
 
 
 @backends
 def test_envs_that_differ_in_a_dtype_alone_are_refused(backend):
-    with pytest.raises(ValueError, match="alike"):
-        backend([functools.partial(Numbers, np.int64), functools.partial(Numbers, np.int32)])
+    for other in ((np.int32, np.int64), (np.int64, np.int32)):
+        with pytest.raises((ValueError, WorkerError), match="alike"):
+            backend([functools.partial(Numbers, np.int64), functools.partial(Numbers, *other)])
 
 
 class Named(Counter):
@@ -944,10 +960,44 @@ def test_teams_may_have_names_of_their_own(backend):
         team.possible_agents = [f"{name}_{number}" for number in range(3)]
         return team
 
-    with backend([functools.partial(named, name) for name in "ab"]) as envs:
-        envs.reset(seed=1)
+    with backend([functools.partial(named, name) for name in "ab"], infos="all") as envs:
+        assert envs.reset(seed=1)[1]["_began"].tolist() == [True, True, False] * 2
         assert envs.masks.tolist() == [True, True, False] * 2
         assert envs.step([1] * 6)[1].tolist() == [11, 21, 0] * 2
+
+
+@backends
+def test_who_ends_before_its_team_is_told_so_once(backend):
+    with backend([functools.partial(Team, [("++", "T+", ".X")])] * 2, infos="all") as envs:
+        envs.reset()
+        said = [envs.step(np.ones(4, int))[4] for _ in range(2)]
+        assert [info_of(said[0], row) for row in range(4)] == [{"final_info": {"time": 1}}, {"time": 1}] * 2
+        assert [info_of(said[1], row).get("began") for row in range(4)] == [1] * 4
+
+
+@backends
+def test_options_reach_teams(backend):
+    with backend([functools.partial(CounterTeam, 2)] * 2, infos="all") as envs:
+        assert envs.reset(options={"level": 3})[1]["level"].tolist() == [3] * 4
+
+
+class Lingering(Team):
+    """Counts agents that have just ended among the living, until the next reset."""
+
+    def step(self, actions):
+        *results, infos = super().step(actions)
+        self.agents = [agent for agent in self.possible_agents if agent in results[0]]
+        return *results, infos
+
+
+@backends
+def test_a_team_is_over_when_all_have_ended_whoever_it_counts_among_the_living(backend):
+    with backend([functools.partial(Lingering, [("++", "TX")])] * 2) as envs:
+        envs.reset()
+        for episode in (1, 2):
+            observations, _, terminations, truncations, infos = envs.step(np.ones(4, int))
+            assert terminations.tolist() == [True, False] * 2 and truncations.tolist() == [False, True] * 2
+            assert infos["_final_obs"].all() and (envs.layout.unflatten(observations)["time"] == [episode, 0]).all()
 
 
 @backends
@@ -970,12 +1020,40 @@ def test_call_get_attr_and_set_attr(backend):
         assert envs.get_attr("seed") == (10, 11, 12, 13)
         envs.set_attr("tag", [1, 2, 3, 4])
         assert envs.get_attr("tag") == (1, 2, 3, 4)
+        envs.set_attr("tag", (4, 3, 2, 1))
+        assert envs.get_attr("tag") == (4, 3, 2, 1)
         envs.set_attr("tag", "same")
         assert envs.get_attr("tag") == ("same",) * 4
         envs.set_attr("seed", 20)
         assert envs.step(np.zeros(4, int))[0][:, 0].tolist() == [20] * 4  # the inner env itself was set
         with pytest.raises(ValueError, match="4"):
             envs.set_attr("tag", [1, 2, 3])
+
+
+@backends
+def test_envs_can_be_drawn(backend):
+    with backend([functools.partial(Written, "ansi")] * 2) as envs:
+        envs.reset(), envs.step([0, 0])
+        assert envs.render_mode == "ansi" and envs.render() == ("step 1", "step 1")
+        assert envs.metadata["render_fps"] == 5
+
+
+class Running(Counter):
+    """Says how its episode goes at every step, and at a reset."""
+
+    def reset(self, **arguments):
+        return super().reset(**arguments)[0], {"episode": {"l": 0}}
+
+    def step(self, action):
+        return *super().step(action)[:4], {"episode": {"l": self.steps}}
+
+
+@backends
+def test_infos_of_episodes_come_at_their_ends(backend):
+    with backend([functools.partial(Running, 2)] * 2, infos="episode") as envs:
+        assert envs.reset()[1] == {} and envs.step([0, 0])[4] == {}
+        infos = envs.step([0, 0])[4]
+        assert "episode" not in infos and infos["final_info"]["episode"]["l"].tolist() == [2, 2]
 
 
 @backends
