@@ -554,13 +554,13 @@ class Serial(gymnasium.vector.VectorEnv, contextlib.AbstractContextManager):
 
 
 def _worker(env_fns: CloudpickleWrapper, line: SimpleNamespace, is_main: bool) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # first, as Ctrl-C is for the parent, which then closes its workers
     libc, waited, flag = ctypes.CDLL(None), 0.0, memoryview(line.flag).cast("B")
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     if hasattr(libc, "prctl"):  # Linux; that thread ends a worker that hangs, unless C code holds the GIL
         libc.prctl(1, signal.SIGKILL * is_main)  # PR_SET_PDEATHSIG: when the thread that started this worker ends
         libc.sched_setscheduler(0, os.SCHED_BATCH, ctypes.byref(ctypes.c_int()))  # wakes without preempting its waker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes its workers
-    signal.signal(signal.SIGTERM, lambda *_: None)  # so is this; SIG_IGN would pass to programs that environments run
+    signal.signal(signal.SIGTERM, lambda *_: None)  # as is this; SIG_IGN would pass to programs that environments run
     # Forks would inherit this, and one that holds an end of the pipe would keep the parent from seeing this one die.
     os.register_at_fork(after_in_child=lambda: (signal.signal(signal.SIGTERM, signal.SIG_DFL), line.pipe.close()))
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
